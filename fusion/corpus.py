@@ -27,7 +27,7 @@ from fusion.tokens import tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKING_VERSION = 1  # raise when the same corpus packs to other blocks
+
 SMALLEST_PIECE = 16  # tokens; what is left of a block below this stays empty
 
 _SCHEMA = pa.schema(
@@ -100,22 +100,36 @@ def pack(
 ) -> list[list[Piece]]:
     """Blocks of at most `block_tokens` target tokens, `tokens` in all, from shuffled documents.
 
-    Domains take turns, so that a small budget still holds each of them. Raises RunError if the
+    Domains get equal shares, so that a small budget still holds each of them. RunError if the
     documents run out first.
     """
     wanted = max(1, tokens // block_tokens)
+    generator = np.random.default_rng(seed)
+    queues: dict[str, list[tuple[int, str]]] = {}
+    for index in generator.permutation(len(documents)):
+        domain, text = documents[index]
+        queues.setdefault(domain, []).append((int(index), text))
+    taken = dict.fromkeys(sorted(queues), 0)
     blocks: list[list[Piece]] = []
     current: list[Piece] = []
     room = block_tokens
-    for document, domain, text in _shuffled(documents, seed):
-        for piece in _pieces(document, domain, text, tokenizer, lambda: room, block_tokens):
-            current.append(piece)
-            room -= len(piece.ids)
-            if room < SMALLEST_PIECE:
-                blocks.append(current)
-                current, room = [], block_tokens
-                if len(blocks) == wanted:
-                    return blocks
+    while any(queues.values()):
+        # The domain that has given least is next, and no document gives more than a block at once.
+        domain = min((d for d in taken if queues[d]), key=lambda d: taken[d])
+        document, text = queues[domain].pop(0)
+        piece = _piece(document, domain, text, tokenizer, room)
+        if piece is None:
+            continue
+        if not piece.ends_document:
+            queues[domain].append((document, text[len(piece.text) :]))
+        current.append(piece)
+        taken[domain] += len(piece.ids)
+        room -= len(piece.ids)
+        if room < SMALLEST_PIECE:
+            blocks.append(current)
+            current, room = [], block_tokens
+            if len(blocks) == wanted:
+                return blocks
     found = sum(len(p.ids) for block in [*blocks, current] for p in block)
     raise RunError(
         f"corpus: {wanted * block_tokens} tokens asked for, but its {len(documents)} documents give "
@@ -123,46 +137,26 @@ def pack(
     )
 
 
-def _shuffled(documents: Sequence[tuple[str, str]], seed: int) -> Iterator[tuple[int, str, str]]:
-    generator = np.random.default_rng(seed)
-    by_domain: dict[str, list[int]] = {}
-    for index, (domain, _) in enumerate(documents):
-        by_domain.setdefault(domain, []).append(index)
-    queues = [[*generator.permutation(by_domain[domain])] for domain in sorted(by_domain)]
-    while any(queues):
-        for queue in queues:
-            if queue:
-                index = int(queue.pop())
-                yield index, *documents[index]
-
-
-def _pieces(
-    document: int,
-    domain: str,
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    room: object,
-    block_tokens: int,
-) -> Iterator[Piece]:
-    """Cut one document into pieces that fit the room left (asked anew before each)."""
+def _piece(
+    document: int, domain: str, text: str, tokenizer: PreTrainedTokenizerBase, room: int
+) -> Piece | None:
+    """As much of a text's beginning as fits; None if there is nothing left in it."""
     bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rest = text
-    while rest.strip():
-        capacity = room() - len(bos) - len(eos)  # type: ignore[operator]
-        # At most four times as many characters as tokens would be usual; 16 is safe and bounded.
-        window = rest[: capacity * 16]
-        tokens = tokenize(tokenizer, window)
-        whole = len(tokens.ids) <= capacity and len(window) == len(rest)
-        count = len(tokens.ids) if whole else _last_clean_cut(tokens.ends, window, capacity)
-        end = int(tokens.ends[count - 1]) if count else 0
-        piece_text = window.encode()[:end].decode()
-        if not piece_text:
-            return
-        ids = [*bos, *tokens.ids[:count].tolist(), *(eos if whole else [])]
-        ends = [*([0] * len(bos)), *tokens.ends[:count].tolist(), *([end] * len(eos) * whole)]
-        yield Piece(document, domain, piece_text, whole, np.array(ids), np.array(ends))
-        rest = rest[len(piece_text) :]
+    capacity = room - len(bos) - len(eos)
+    window = text[: capacity * 16]  # enough for any tokenizer that is worth its name
+    if not window.strip():
+        return None
+    tokens = tokenize(tokenizer, window)
+    whole = len(tokens.ids) <= capacity and len(window) == len(text)
+    count = len(tokens.ids) if whole else _last_clean_cut(tokens.ends, window, capacity)
+    end = int(tokens.ends[count - 1]) if count else 0
+    kept = window.encode()[:end].decode()
+    if not kept:
+        return None
+    ids = [*bos, *tokens.ids[:count].tolist(), *(eos if whole else [])]
+    ends = [*([0] * len(bos)), *tokens.ends[:count].tolist(), *([end] * len(eos) if whole else [])]
+    return Piece(document, domain, kept, whole, np.array(ids), np.array(ends))
 
 
 def _last_clean_cut(ends: np.ndarray, text: str, capacity: int) -> int:

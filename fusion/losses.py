@@ -77,12 +77,18 @@ class _ChunkedLoss(torch.autograd.Function):
             at_ids = None
             if fuses:
                 b = (1 - clm_weight) * fusion_weights[rows]
-                p, k = probabilities[rows], ids[rows]
+                p = probabilities[rows]
+                k = torch.where(p > 0, ids[rows], ids[rows, :1])  # padding repeats the first id
                 log_q = capped.gather(1, k) - lse[:, None]
-                q_kept = torch.where(p > 0, log_q.exp(), 0.0)
+                at_k = q.gather(1, k)
+                q_kept = torch.where(p > 0, at_k, 0.0)
                 t = (1 - p.sum(-1)).clamp_min(0)
-                # The tail is one bucket, spread as the target spreads its own; see the docstring.
-                u = (1 - q_kept.sum(-1)).clamp_min(1e-7)
+                # The tail is one bucket. Its mass is summed, not taken as 1 − Σ q_k, which float32
+                # rounds to nothing where the target is sure.
+                u = q.scatter_(1, k, 0.0).sum(-1)
+                q.scatter_(1, k, at_k)
+                t = torch.where(u > 0, t, 0.0)  # every token is kept: what is left is rounding
+                u = torch.where(u > 0, u, 1.0)
                 kl = torch.xlogy(p, p).sum(-1) - (p * log_q).sum(-1)
                 kl += torch.xlogy(t, t) - t * u.log()
                 fusion += (fusion_weights[rows] * kl).sum()
@@ -90,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 at_ids = b[:, None] * (q_kept * (t / u)[:, None] - p)
             grad = q.mul_(scale[:, None])
             if at_ids is not None:
-                grad.scatter_add_(1, ids[rows], at_ids)
+                grad.scatter_add_(1, k, at_ids)
             grad.scatter_add_(1, labels[rows].clamp_min(0)[:, None], -a[:, None])
             if softcap:
                 grad *= 1 - (capped / softcap) ** 2

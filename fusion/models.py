@@ -65,9 +65,39 @@ def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
     quiet()
     with _reading(str(folder)):
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=DTYPES[dtype], attn_implementation="sdpa", use_safetensors=True
+            str(folder), dtype=DTYPES[dtype], attn_implementation=_attention(), use_safetensors=True
         )
     return model.to(device).eval()
+
+
+def _attention() -> str:
+    """Scaled-dot-product attention under a name of ours, registered at first use.
+
+    It is transformers' own, except on the CPU without gradients: there grouped keys and values are
+    read as they are, where the library first writes a copy of the whole cache for every query head.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def forward(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+    ) -> tuple[Tensor, None]:
+        plain = query.device.type != "cpu" or torch.is_grad_enabled() or mask is None
+        if plain or rest.get("dropout") or rest.get("softcap"):
+            return sdpa_attention_forward(module, query, key, value, mask, **rest)
+        shape = query.shape
+        if shape[2] == 1:
+            # One new position: the query heads of a group become rows of one product.
+            query = query.reshape(shape[0], key.shape[1], -1, shape[3])
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=rest.get("scaling"), enable_gqa=True
+        )
+        return out.reshape(shape).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("kfuse_sdpa", forward)
+    AttentionMaskInterface.register("kfuse_sdpa", sdpa_mask)
+    return "kfuse_sdpa"
 
 
 def quiet() -> None:

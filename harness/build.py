@@ -247,7 +247,7 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
             "micro_batch": machine.micro_batch,
             "gradient_checkpointing": machine.gradient_checkpointing,
             "checkpoint_every": machine.checkpoint_every,
-            "deepspeed": machine.deepspeed,
+            "deepspeed": str(Path(machine.deepspeed).absolute()) if machine.deepspeed else None,
             "progress": sys.stderr.isatty(),
         },
     }
@@ -268,7 +268,9 @@ def launch(job: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes)]
     root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment |= {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     log = job.with_name("training.log")
     with log.open("w") as out:
         done = subprocess.run(

@@ -24,7 +24,7 @@ from torch import Tensor
 from fusion.models import log_softmax, logits
 from fusion.tokens import tokenize
 from harness.rules import ENSEMBLE_RULES
-from harness.scoring import Generation, GrowingCache, Pair, Scored, SharedPrefixLM, Stopper
+from harness.scoring import Generation, GrowingCache, Pair, Scored, SharedPrefixLM, Stopper, alike
 
 MIXING = "probabilities: scoring by chunk between common token ends, generation by token"
 
@@ -110,10 +110,8 @@ class EnsembleLM(LM):
         """Greedy generations of the mixture with their finish reasons."""
         out: dict[int, Generation] = {}
         prepared = [self.members[0].prompt(request) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: -len(prepared[i][0]))
-        size = self.members[0].generate_rows
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
+        lengths = [len(ids) for ids, _ in prepared]
+        for rows in alike(lengths, self.members[0].generate_rows):
             with torch.inference_mode():
                 batch = _Speaking(self, [requests[i] for i in rows], [prepared[i][1] for i in rows])
                 out |= zip(rows, batch.run(), strict=True)

@@ -157,6 +157,11 @@ def _apply(raw: dict, override: str, problems: list[tuple[str, str]]) -> None:
     except yaml.YAMLError:
         problems.append((path, f"'{value}' is not a YAML value"))
         return
+    rows = raw.get(keys[0]) if keys[0] in ("sources", "variants") and len(keys) > 1 else None
+    if isinstance(rows, dict) and keys[1] not in rows:
+        hint = _close(keys[1], [str(row) for row in rows])
+        problems.append((".".join(keys[:2]), f"no such row to override{hint}"))
+        return
     at: Any = raw
     for key in keys[:-1]:
         if isinstance(at, list) and key.isdigit() and int(key) < len(at):

@@ -22,7 +22,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from fusion.errors import RunError
 from fusion.models import (
@@ -34,6 +34,7 @@ from fusion.models import (
     logits,
 )
 
+SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
 HEAD_CHUNK = 512  # positions through the output head at once
 TOLERANCE = 2e-2  # nats; how far tree attention may be from plain attention before it is not used
 
@@ -81,6 +82,35 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices in order of length, at most `most` together, none shorter than half the longest."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if group and (len(group) == most or lengths[index] * 2 < lengths[group[0]]):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _split(members: Sequence[int], pairs: Sequence[Pair], most: int) -> Iterator[list[int]]:
+    """Members of one context in groups whose continuations together keep to `most` tokens.
+
+    Attention is quadratic in a row's length: beyond this, a context read again costs less.
+    """
+    some: list[int] = []
+    size = 0
+    for index in members:
+        length = len(pairs[index][1])
+        if some and size + length > most:
+            yield some
+            some, size = [], 0
+        some.append(index)
+        size += length
+    yield some
+
+
 class Stopper:
     """Where a growing text ends: at an end token, a stop string, or after `most` tokens."""
 
@@ -107,6 +137,39 @@ class Stopper:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+class _Reserved(DynamicLayer):
+    """A cache layer that grows in large steps; the library's copies itself for every token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Append along the slots; everything so far, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room, self.used = None, 0
+        new = key_states.shape[-2]
+        if self.room is None or self.used + new > self.room[0].shape[-2]:
+            capacity = self.used + new + 64
+            shape = (*key_states.shape[:-2], capacity, key_states.shape[-1])
+            grown = [states.new_empty(shape) for states in (key_states, value_states)]
+            if self.used:
+                grown[0][..., : self.used, :] = self.keys
+                grown[1][..., : self.used, :] = self.values
+            self.room = grown
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[..., self.used : self.used + new, :] = states
+        self.used += new
+        self.keys, self.values = (room[..., : self.used, :] for room in self.room)
+        return self.keys, self.values
+
+    def choose(self, rows: Tensor | None, slots: Tensor | None) -> None:
+        """Keep these rows and slots only."""
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            states = states if rows is None else states[rows]
+            setattr(self, name, states if slots is None else states[:, :, slots])
+        self.used = self.keys.shape[-2]
+        self.room = [self.keys, self.values]
+
+
 class GrowingCache:
     """Rows that are fed at different paces share one key-value cache; holes are masked.
 
@@ -116,7 +179,7 @@ class GrowingCache:
 
     def __init__(self, model: Any, rows: int) -> None:
         self.model = model
-        self.cache = DynamicCache()
+        self.cache = Cache(layer_class_to_replicate=_Reserved)
         device = model.device
         self.valid = torch.zeros((rows, 0), dtype=torch.bool, device=device)
         self.positions = torch.zeros((rows, 0), dtype=torch.long, device=device)
@@ -152,15 +215,15 @@ class GrowingCache:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
-        self.cache.batch_select_indices(rows)
         self.valid, self.positions = self.valid[rows], self.positions[rows]
         self.lengths = self.lengths[rows]
         # Slots that no row uses any more (padding of finished rows) cost time for nothing.
         used = self.valid.any(dim=0)
-        if (~used).sum() * 8 > used.numel():
-            self.valid, self.positions = self.valid[:, used], self.positions[:, used]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, used], layer.values[:, :, used]
+        slots = used if (~used).sum() * 8 > used.numel() else None
+        if slots is not None:
+            self.valid, self.positions = self.valid[:, slots], self.positions[:, slots]
+        for layer in self.cache.layers:
+            layer.choose(rows, slots)
 
 
 @register_model("kfuse")
@@ -268,10 +331,11 @@ class SharedPrefixLM(TemplateLM):
             excess = len(context) + len(continuation) - 1 - self.max_length
             kept = tuple(context[max(0, excess) :]) or tuple(context[-1:])
             groups.setdefault(kept if self._shares else (*kept, -1 - index), []).append(index)
-        trees = [
-            ([t for t in key if t >= 0], [pairs[i][1] for i in members], members)
-            for key, members in groups.items()
-        ]
+        trees: list[Tree] = []
+        for key, members in groups.items():
+            context = [token for token in key if token >= 0]
+            for some in _split(members, pairs, max(len(context), SIDE_BY_SIDE)):
+                trees.append((context, [pairs[i][1] for i in some], some))
         out: dict[int, Scored] = {}
         sizes = [len(c) + sum(max(0, len(x) - 1) for x in xs) for c, xs, _ in trees]
         for batch in batches(sizes, self.batch_tokens):
@@ -360,9 +424,7 @@ class SharedPrefixLM(TemplateLM):
         """Greedy generations with their finish reasons; rows leave the batch when they stop."""
         out: dict[int, Generation] = {}
         prepared = [self.prompt(request) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: -len(prepared[i][0]))
-        for start in range(0, len(order), self.generate_rows):
-            rows = order[start : start + self.generate_rows]
+        for rows in alike([len(ids) for ids, _ in prepared], self.generate_rows):
             self._generate([prepared[i] for i in rows], rows, out)
             done(len(out))
         return [out[index] for index in range(len(requests))]

@@ -44,3 +44,14 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip("no folder `shared` with recorded outputs beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The three tiny model folders by name."""
+    from harness.tiny import make_model
+
+    root = tmp_path_factory.mktemp("tiny")
+    for name in ("llama", "gemma", "neox"):
+        make_model(name, root / name)
+    return {name: root / name for name in ("llama", "gemma", "neox")}

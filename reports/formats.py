@@ -1,0 +1,218 @@
+"""A report as text: terminal, Markdown and CSV. Percent and rounding happen here and nowhere before.
+
+Add a format: a function of a Report and its line in FORMATS at the foot.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from reports.table import Cell, Column, Gain, Report
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SIGN = "gain: paired difference to the reference, positive is better whatever the metric's direction"
+
+
+def number(value: float | None, column: Column) -> str:
+    """A score: percent with one decimal, or bits per byte with four."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if column.unit == "%" else f"{value:.4f}"
+
+
+def signed(value: float | None, column: Column) -> str:
+    """A difference in the same unit, with its sign."""
+    if value is None:
+        return "–"
+    return f"{100 * value:+.1f}" if column.unit == "%" else f"{value:+.4f}"
+
+
+def interval(low: float | None, high: float | None, column: Column, with_sign: bool = False) -> str:
+    """[low, high], or nothing where no interval can be given."""
+    if low is None or high is None:
+        return ""
+    show = signed if with_sign else number
+    return f"[{show(low, column)}, {show(high, column)}]"
+
+
+def score_text(cell: Cell, column: Column) -> str:
+    """Score and interval, or that it was not measured."""
+    if cell.reason:
+        return "not measured"
+    return f"{number(cell.score, column)} {interval(cell.low, cell.high, column)}".strip()
+
+
+def gain_text(cell: Cell, column: Column, reference: str) -> str:
+    """Gain, interval and verdict in words."""
+    if cell.row == reference and not cell.reason:
+        return "reference"
+    if cell.gain is None:
+        return cell.no_gain or ""
+    gain = cell.gain
+    span = interval(gain.low, gain.high, column, with_sign=True)
+    return f"{signed(gain.value, column)} {span} {gain.verdict}".replace("  ", " ")
+
+
+def heading(column: Column) -> str:
+    """A column's name, unit and direction."""
+    unit = "%" if column.unit else "bits"
+    return f"{column.name} ({unit}, {'higher' if column.higher_is_better else 'lower'} is better)"
+
+
+def partial_text(report: Report, column: Column) -> str:
+    """How much of the suite was measured, where it was not all."""
+    cells = [report.cell(row["name"], column.name) for row in report.rows]
+    sizes = sorted({(c.n, c.n_total) for c in cells if c.partial})
+    return ", ".join(f"partial: {n} of {total} items" for n, total in sizes)
+
+
+def headline(report: Report) -> str:
+    """The comparison in one sentence: what is better, what is worse, what these items cannot tell."""
+    found: dict[str, list[str]] = {"better": [], "worse": []}
+    open_ones = 0
+    for row in report.rows:
+        for column in report.columns:
+            gain = report.cell(row["name"], column.name).gain
+            if gain is None:
+                continue
+            if gain.verdict == "inconclusive":
+                open_ones += 1
+            else:
+                unit = " points" if column.unit else " bits per byte"
+                by = signed(abs(gain.value), column).lstrip("+") + unit
+                found[gain.verdict].append(f"{row['name']} on {column.name} by {by}")
+    parts = [f"{verdict}: {', '.join(cases)}" for verdict, cases in found.items() if cases]
+    if open_ones:
+        parts.append(f"{open_ones} comparison{'s' * (open_ones > 1)} inconclusive")
+    if not parts:
+        return f"No row could be compared with {report.reference}."
+    return f"Against {report.reference}: " + "; ".join(parts) + "."
+
+
+def power(report: Report, column: Column) -> str:
+    """The smallest gain that these items could have shown."""
+    gains: list[Gain] = []
+    for row in report.rows:
+        gain = report.cell(row["name"], column.name).gain
+        if gain is not None and gain.detectable > 0:
+            gains.append(gain)
+    if not gains:
+        return ""
+    low, high = min(g.detectable for g in gains), max(g.detectable for g in gains)
+    unit = " points" if column.unit else " bits"
+    ends = [number(value, column) for value in (low, high)]
+    span = ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+    return f"{column.name}: {span}{unit}"
+
+
+def reasons(report: Report) -> list[str]:
+    """Why cells have no number, equal reasons together."""
+    grouped: dict[str, list[str]] = {}
+    for cell in report.gaps:
+        grouped.setdefault(str(cell.reason), []).append(f"{cell.row}/{cell.suite}")
+    return [f"{', '.join(cells)}: {reason}" for reason, cells in grouped.items()]
+
+
+def terminal(report: Report) -> RenderableType:
+    """Rows × suites with gains, then what was not measured and why, for rich to print."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{report.recipe}: gains against {report.reference}", title_justify="left")
+    table.add_column("row", no_wrap=True)
+    for column in report.columns:
+        note = partial_text(report, column)
+        table.add_column(Text(heading(column) + (f"\n{note}" if note else "")))
+    colours = {"better": "green", "worse": "red"}
+    for row in report.rows:
+        cells: list[Text] = []
+        for column in report.columns:
+            cell = report.cell(row["name"], column.name)
+            style = colours.get(cell.gain.verdict, "") if cell.gain else ""
+            second = gain_text(cell, column, report.reference)
+            cells.append(Text(f"{score_text(cell, column)}\n{second}".rstrip(), style=style))
+        table.add_row(Text(row["name"], style="bold"), *cells)
+    lines = [headline(report), SIGN]
+    shown = [text for column in report.columns if (text := power(report, column))]
+    if shown:
+        lines.append("smallest gain that these items show with 80 % power: " + "; ".join(shown))
+    lines += [f"not measured: {text}" for text in reasons(report)]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _escape(text: str) -> str:
+    """Text inside a Markdown table; names may hold anything."""
+    for mark in ("\\", "|", "<", ">", "`", "*", "_", "[", "]"):
+        text = text.replace(mark, "\\" + mark if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark])
+    return text.replace("\n", " ")
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown tables."""
+    lines = [f"# {_escape(report.recipe)}", "", _escape(headline(report)), ""]
+    names = [_escape(heading(column)) for column in report.columns]
+    lines += [f"| row | {' | '.join(names)} |", "|" + " --- |" * (len(names) + 1)]
+    for row in report.rows:
+        shown = []
+        for column in report.columns:
+            cell = report.cell(row["name"], column.name)
+            gain = gain_text(cell, column, report.reference)
+            text = score_text(cell, column) + (f"; {gain}" if gain else "")
+            shown.append(_escape(text))
+        lines.append(f"| {_escape(row['name'])} | {' | '.join(shown)} |")
+    lines += ["", f"{SIGN}. Intervals are 95 %; verdicts at 5 % after Holm's correction.", ""]
+    for column in report.columns:
+        note = partial_text(report, column)
+        if note:
+            lines.append(f"- {_escape(column.name)}: {note}")
+    shown = [text for column in report.columns if (text := power(report, column))]
+    if shown:
+        lines.append(f"- smallest gain shown with 80 % power: {_escape('; '.join(shown))}")
+    lines += [f"- not measured: {_escape(text)}" for text in reasons(report)]
+    lines += ["", "## Rows", ""]
+    lines += [f"- {_escape(row['name'])}: {_escape(row['summary'])}" for row in report.rows]
+    lines += ["", "## Signatures", ""]
+    lines += [f"- `{c.signature.replace('`', '')}`" for c in report.cells.values() if c.signature]
+    return "\n".join(lines) + "\n"
+
+
+_COLUMNS = (
+    "recipe row suite task metric score low high n n_total partial gain gain_low gain_high p_holm "
+    "verdict detectable reason signature"
+).split()
+
+
+def comma_separated(report: Report) -> str:
+    """One line for each row and suite, and for each of its tasks; full precision, fractions."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for cell in report.cells.values():
+        base = {"recipe": report.recipe, "row": cell.row, "suite": cell.suite}
+        total = {"n": cell.n, "n_total": cell.n_total, "partial": cell.partial}
+        line = base | {"score": cell.score, "low": cell.low, "high": cell.high}
+        line |= {"reason": cell.reason, "signature": cell.signature}
+        if not cell.reason:
+            line |= total
+        if cell.gain:
+            gain = cell.gain
+            line |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+            line |= {"p_holm": gain.adjusted, "verdict": gain.verdict, "detectable": gain.detectable}
+        writer.writerow(line)
+        for task in cell.tasks:
+            line = base | {"task": task.task, "metric": task.metric, "score": task.score}
+            line |= {"low": task.low, "high": task.high, "n": task.n, "n_total": task.n_total}
+            writer.writerow(line | {"partial": task.n < task.n_total, "signature": task.signature})
+    return out.getvalue()
+
+
+FORMATS: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "markdown": ("report.md", markdown),
+    "csv": ("report.csv", comma_separated),
+}

@@ -1,0 +1,25 @@
+"""Write a report's files beside its index, each whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from reports.formats import FORMATS
+from reports.html import page
+from reports.table import read
+
+
+def write(index: Path) -> dict[str, Path]:
+    """Markdown, CSV and HTML of an index file, by format. Errors name the file that does not fit."""
+    report = read(index)
+    made = {name: (file, render(report)) for name, (file, render) in FORMATS.items()}
+    made["html"] = ("report.html", page(report))
+    out = {}
+    for name, (file, text) in made.items():
+        path = index.with_name(file)
+        partial = path.with_name(f".{file}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+        out[name] = path
+    return out

@@ -1,0 +1,119 @@
+"""Packing the corpus and capturing distributions, on tiny real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fusion.corpus import pack, read_blocks, read_documents, write_blocks
+from fusion.distributions import capture, open_store, read_piece
+from fusion.errors import RunError
+from fusion.models import load_model, load_tokenizer
+
+TEXTS = [("one", "The baker counts seven apples. " * 12), ("two", "A héron walks — 😀 — along. " * 12)]
+
+
+@pytest.fixture
+def blocks(tiny: dict[str, Path]) -> list:
+    return pack(TEXTS, load_tokenizer(tiny["llama"]), 64, 256, seed=3)
+
+
+def test_blocks_are_full_and_their_tokens_are_their_text(tiny: dict[str, Path], blocks: list) -> None:
+    tokenizer = load_tokenizer(tiny["llama"])
+    assert len(blocks) == 4
+    for block in blocks:
+        assert 64 - 16 < sum(len(piece.ids) for piece in block) <= 64
+        for piece in block:
+            eos = piece.ends_document
+            ids = piece.ids[: len(piece.ids) - eos].tolist()
+            assert tokenizer.decode(ids) == piece.text
+            assert piece.ends[-1] == len(piece.text.encode())
+
+
+def test_blocks_survive_the_disk_and_depend_on_the_seed(
+    tiny: dict[str, Path], blocks: list, tmp_path: Path
+) -> None:
+    write_blocks(tmp_path / "b.parquet", blocks)
+    again = read_blocks(tmp_path / "b.parquet")
+    assert [[p.text for p in b] for b in again] == [[p.text for p in b] for b in blocks]
+    assert all((p.ids == q.ids).all() for b, c in zip(again, blocks) for p, q in zip(b, c))
+
+
+def test_a_corpus_that_is_too_small_says_so(tiny: dict[str, Path]) -> None:
+    with pytest.raises(RunError, match="lower corpus.tokens"):
+        pack(TEXTS, load_tokenizer(tiny["llama"]), 64, 10**6, seed=3)
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
+    with pytest.raises(RunError, match=r"c\.jsonl:2"):
+        list(read_documents(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "neox"])
+def test_stored_rows_are_those_of_the_plain_model(
+    tiny: dict[str, Path], blocks: list, tmp_path: Path, name: str
+) -> None:
+    model, tokenizer = load_model(tiny[name]), load_tokenizer(tiny[name])
+    store = capture(model, tokenizer, blocks, tmp_path / "s", 4, {})
+    for number, block in enumerate(blocks):
+        found = store.read(number)
+        for index, piece in enumerate(block):
+            ids, ends = read_piece(tokenizer, piece)
+            rows = found.pieces == index
+            assert found.ends[rows].tolist() == ends.tolist()
+            # The piece alone, through the model's own forward: no packing, no drawn attention.
+            with torch.no_grad():
+                expected = model(torch.from_numpy(ids)[None]).logits[0].double().log_softmax(-1)
+            got = np.take_along_axis(expected.numpy(), found.ids[rows], axis=1)
+            np.testing.assert_allclose(found.logprobs[rows], got, atol=1e-5)
+            best = expected.topk(4).values.numpy()
+            np.testing.assert_allclose(found.logprobs[rows], best, atol=1e-5)
+            tail = np.log(1 - np.exp(best).sum(1))
+            np.testing.assert_allclose(found.log_tail[rows], tail, atol=1e-4)
+            gold = expected[:-1].gather(1, torch.from_numpy(ids[1:, None]))[:, 0].numpy()
+            np.testing.assert_allclose(found.gold_logprob[rows][:-1], gold, atol=1e-5)
+            assert np.isnan(found.gold_logprob[rows][-1])
+
+
+def test_an_interrupted_capture_goes_on_and_ends_the_same(
+    tiny: dict[str, Path], blocks: list, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(tiny["gemma"]), load_tokenizer(tiny["gemma"])
+    whole = capture(model, tokenizer, blocks, tmp_path / "whole", 4, {})
+
+    def interrupt(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(model, tokenizer, blocks, tmp_path / "cut", 4, {}, interrupt)
+    # What a kill in the middle of a line leaves:
+    with (tmp_path / "cut" / "index.jsonl").open("a") as index:
+        index.write('{"shard": "sha')
+    seen: list[int] = []
+    capture(model, tokenizer, blocks, tmp_path / "cut", 4, {}, seen.append)
+    assert seen[0] == 2
+    for shard in sorted((tmp_path / "whole").glob("*.bin")):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()
+    assert len(open_store(tmp_path / "cut")) == len(whole)
+
+
+def test_a_flipped_byte_names_its_shard(
+    tiny: dict[str, Path], blocks: list, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(tiny["llama"]), load_tokenizer(tiny["llama"])
+    store = capture(model, tokenizer, blocks, tmp_path / "s", 4, {})
+    shard = tmp_path / "s" / "shard-00001.bin"
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(RunError, match="shard-00001.bin: checksum"):
+        store.read(1)
+    shard.write_bytes(content[:-3])
+    with pytest.raises(RunError, match="cut short"):
+        store.read(1)
+    assert len(store.read(0).ids)

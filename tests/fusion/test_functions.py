@@ -1,0 +1,109 @@
+"""Alignment of distributions and fusion functions: laws over the whole dictionary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from fusion.corpus import Piece
+from fusion.distributions import Distribution
+from fusion.functions import FUSION_FUNCTIONS, Aligned, align, avg_ce, bits_per_byte, min_ce
+
+ALL = pytest.mark.parametrize("name", FUSION_FUNCTIONS)
+
+
+def aligned(seed: int, T: int = 4, V: int = 9, K: int = 3) -> Aligned:
+    g = np.random.default_rng(seed)
+    dense = np.zeros((T, V))
+    for t in range(T):
+        ids = g.choice(V, K, replace=False)
+        p = g.random(K)
+        dense[t, ids] = p / p.sum() * g.uniform(0.3, 1)
+    covered = g.random(T) > 0.25
+    dense[~covered] = 0
+    return Aligned(sparse.csr_array(dense), covered)
+
+
+@ALL
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), M=st.integers(1, 4))
+def test_mass_is_at_most_one_and_ids_are_unique(name: str, seed: int, M: int) -> None:
+    sources = [aligned(seed + m) for m in range(M)]
+    fused = FUSION_FUNCTIONS[name](sources, np.random.default_rng(seed).random(M))
+    assert fused.probabilities.sum(axis=1).max() <= 1 + 1e-12
+    fused.probabilities.sum_duplicates()
+    assert not fused.probabilities[~fused.covered].sum()
+
+
+@ALL
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), M=st.integers(2, 4))
+def test_the_order_of_sources_does_not_matter(name: str, seed: int, M: int) -> None:
+    g = np.random.default_rng(seed)
+    sources, bits = [aligned(seed + m) for m in range(M)], g.permutation(M) + 0.5
+    order = g.permutation(M)
+    one = FUSION_FUNCTIONS[name](sources, bits)
+    two = FUSION_FUNCTIONS[name]([sources[i] for i in order], bits[order])
+    assert abs(one.probabilities - two.probabilities).max() < 1e-12
+    assert (one.covered == two.covered).all()
+
+
+@ALL
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), M=st.integers(1, 4))
+def test_fusing_copies_gives_the_copy(name: str, seed: int, M: int) -> None:
+    source = aligned(seed)
+    fused = FUSION_FUNCTIONS[name]([source] * M, np.full(M, 0.7))
+    assert abs(fused.probabilities - source.probabilities).max() < 1e-12
+    assert (fused.covered == source.covered).all()
+
+
+def test_min_ce_takes_the_best_source_and_the_earlier_one_at_a_tie() -> None:
+    one, two = aligned(1), aligned(2)
+    assert min_ce([one, two], np.array([2.004, 2.0])) is two
+    assert min_ce([one, two], np.array([2.0, 2.004])) is one
+    assert min_ce([one, two], np.array([2.0, 2.0])) is one
+
+
+def test_avg_ce_weights_equal_the_recorded_ones(shared: Path) -> None:
+    recorded = json.loads((shared / "golden" / "fusion.json").read_text())["avgce_weights"]["cases"]
+    for case in recorded:
+        count = len(case["ce"])
+        sources = [
+            Aligned(sparse.csr_array(np.eye(count)[[m]]), np.ones(1, bool)) for m in range(count)
+        ]
+        fused = avg_ce(sources, np.array(case["ce"]))
+        # Each source says its own token with certainty, so the fused row is the weights.
+        np.testing.assert_allclose(fused.probabilities.toarray()[0], case["weights_paper"], atol=1e-12)
+
+
+def piece(text: str, ids: list[int], ends: list[int]) -> Piece:
+    return Piece(0, "d", text, False, np.array(ids), np.array(ends))
+
+
+def test_a_row_moves_only_between_positions_with_the_same_prefix() -> None:
+    block = [piece("abcd", [0, 1, 2], [1, 3, 4]), piece("xy", [3, 4], [1, 2])]
+    source = Distribution(
+        pieces=np.array([0, 0, 1, 1]),
+        ends=np.array([3, 4, 1, 2]),
+        ids=np.array([[0, 1], [1, 0], [2, 1], [0, 2]]),
+        logprobs=np.log([[0.5, 0.25], [0.5, 0.2], [0.6, 0.1], [0.3, 0.2]]),
+        log_tail=np.zeros(4),
+        gold_logprob=np.array([-1.0, np.nan, -2.0, np.nan]),
+    )
+    # Source tokens 0 and 1 both become target token 4; source token 2 has no image.
+    images = sparse.csr_array(np.array([[0, 0, 0, 0, 1.0], [0, 0, 0, 0, 1.0], [0, 0, 0, 0, 0]]))
+    found = align(source, block, images)
+    assert found.covered.tolist() == [False, True, False, True, False]
+    dense = found.probabilities.toarray()
+    assert dense[1] == pytest.approx([0, 0, 0, 0, 0.75])  # collisions add up
+    assert dense[3] == pytest.approx([0, 0, 0, 0, 0.1])  # what has no image is tail
+    assert found.tail[3] == pytest.approx(0.9)
+    # Bytes: 4 − 3 read before the first prediction, and 2 − 1.
+    assert bits_per_byte(source, block) == pytest.approx(3.0 / (2 * np.log(2)))

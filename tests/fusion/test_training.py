@@ -1,0 +1,200 @@
+"""Training on tiny models: kill and resume, several processes, λ, and what the log says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import sparse
+
+from fusion.corpus import pack, read_documents, write_blocks
+from fusion.distributions import capture
+from fusion.models import load_model, load_tokenizer
+from fusion.training import last_checkpoint, train
+from fusion.vocabulary import build
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TRAIN = {
+    "learning_rate": 3e-3,
+    "schedule": "cosine",
+    "warmup": 0.1,
+    "batch_blocks": 2,
+    "epochs": 1,
+    "betas": [0.9, 0.95],
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "dtype": "float32",
+}
+MACHINE = {
+    "device": "cpu",
+    "micro_batch": 1,
+    "gradient_checkpointing": False,
+    "checkpoint_every": 2,
+    "deepspeed": None,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A job that fuses the tiny Gemma and the tiny Llama into the tiny Llama, 8 steps."""
+    from harness.tiny import make_corpus
+
+    root = tmp_path_factory.mktemp("job")
+    documents = read_documents(make_corpus(root))
+    target = load_tokenizer(tiny["llama"])
+    blocks = pack(documents, target, 64, 64 * 16, seed=1)
+    write_blocks(root / "blocks.parquet", blocks)
+    sources = []
+    for name in ("llama", "gemma"):
+        tokenizer = load_tokenizer(tiny[name])
+        capture(load_model(tiny[name]), tokenizer, blocks, root / name, 8, {})
+        sparse.save_npz(root / f"{name}.npz", build(tokenizer, target))
+        sources.append({"store": str(root / name), "map": str(root / f"{name}.npz")})
+    fuse = {"sources": sources, "function": "avg_ce", "parameters": {}, "clm_weight": 0.5}
+    return {
+        "init": str(tiny["llama"]),
+        "corpus": str(root / "blocks.parquet"),
+        "train": TRAIN,
+        "fuse": fuse,
+        "seed": 5,
+        "machine": MACHINE,
+    }
+
+
+def job(prepared: dict[str, Any], out: Path, **machine: Any) -> dict[str, Any]:
+    out.mkdir(parents=True, exist_ok=True)
+    made = prepared | {"out": str(out), "machine": MACHINE | machine}
+    (out / "job.json").write_text(json.dumps(made))
+    return made
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "training.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "fused"
+    train(job(prepared, out))
+    return out
+
+
+def test_both_parts_of_the_loss_fall_and_are_logged(unbroken: Path) -> None:
+    log = rows(unbroken)
+    assert [int(row["step"]) for row in log] == list(range(1, 9))
+    assert float(log[-1]["clm"]) < float(log[0]["clm"])
+    for row in log:
+        total = 0.5 * float(row["clm"]) + 0.5 * float(row["fusion"])
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
+        assert 0.5 < float(row["coverage"]) <= 1
+    assert not (unbroken / "checkpoints").exists()
+    load_model(unbroken)
+
+
+def test_a_run_killed_midway_ends_with_the_same_bytes(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    made = job(prepared, out)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fusion.training", str(out / "job.json")]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/*/trainer_state.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (out / "model.safetensors").exists():
+        pytest.skip("the run was over before it could be killed")
+    facts = train(made)
+    assert facts["resumed_from"] >= 2
+    assert (out / "model.safetensors").read_bytes() == (
+        unbroken / "model.safetensors"
+    ).read_bytes()
+    assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(unbroken)]
+
+
+def test_a_checkpoint_cut_in_the_middle_is_not_used(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global')
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_rows_that_train_together_give_the_loss_of_rows_alone(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    train(job(prepared, tmp_path / "two", micro_batch=2))
+    for one, two in zip(rows(unbroken), rows(tmp_path / "two"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    train(job(prepared, tmp_path / "less", gradient_checkpointing=True))
+    for name, expected in weights(unbroken).items():
+        torch.testing.assert_close(weights(tmp_path / "less")[name], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_arithmetic_stays_near_float32(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    made = job(prepared, tmp_path / "half")
+    train(made | {"train": TRAIN | {"dtype": "bfloat16"}})
+    for one, two in zip(rows(unbroken), rows(tmp_path / "half"), strict=True):
+        # bfloat16 has eight bits: three digits of a loss near six.
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=0.03)
+    assert weights(tmp_path / "half")["model.norm.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_processes_give_the_loss_of_one(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, stage: int
+) -> None:
+    from harness.build import launch
+
+    config = None
+    if stage:
+        config = tmp_path / "zero.json"
+        content = {
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_gather_16bit_weights_on_model_save": stage == 3,
+            },
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            # The recipe decides on optimizer and schedule; these must have no effect.
+            "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "torch_adam": True}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}},
+        }
+        config.write_text(json.dumps(content))
+    out = tmp_path / "two"
+    job(prepared, out, deepspeed=str(config) if config else None)
+    launch(out / "job.json", 2)
+    for one, two in zip(rows(unbroken), rows(out), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
+        assert one["learning_rate"] == two["learning_rate"]
+    for name, expected in weights(unbroken).items():
+        # Adam divides by small square roots, so rounding of the summed gradients shows here.
+        torch.testing.assert_close(weights(out)[name], expected, atol=2e-4, rtol=1e-3)

@@ -1,0 +1,155 @@
+"""Strict recipes: every mistake at once, with its path, what is allowed and a close match."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from fusion.errors import RecipeError
+from harness.recipe import BUNDLED, bundled, load, parse, schema
+
+GOOD = """
+sources:
+  a: {path: "tiny:llama"}
+  b: {path: "tiny:gemma"}
+corpus: {path: "tiny:corpus", blocks: 64, tokens: 640}
+variants:
+  clm: {train: {init: a, learning_rate: 1e-4}}
+  fused: {train: {init: a, fuse: {sources: [a, b], function: min_ce, clm_weight: 0.9}}}
+  merged: {merge: {inputs: [clm, fused], method: linear, parameters: {weights: [1, 2]}}}
+  pack: {ensemble: {members: [a, b], rule: packllm_sim}}
+evaluate: {suites: [tiny_text, tiny_choice], limit: {tiny_text: 3}}
+reference: clm
+"""
+
+
+def problems(text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "r.yaml")
+    return str(caught.value)
+
+
+def test_a_good_recipe_reads() -> None:
+    recipe = parse(GOOD, "r.yaml")
+    assert recipe.rows == ["a", "b", "clm", "fused", "merged", "pack"]
+    assert recipe.variants["clm"].train is not None
+    assert recipe.variants["clm"].train.learning_rate == 1e-4
+    assert recipe.limit("tiny_text") == 3
+    assert recipe.limit("tiny_choice") is None
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_bundled_recipes_read(name: str) -> None:
+    assert load(name).recipe.rows
+
+
+def test_all_mistakes_come_in_one_message() -> None:
+    wrong = (
+        GOOD.replace("min_ce", "mince")
+        .replace("members: [a, b]", "members: [a, bb]")
+        .replace("method: linear", "method: lineer")
+        .replace("tiny_choice]", "tiny_choise]")
+        .replace("reference: clm", "reference: cml")
+        .replace("tokens: 640", "tokens: many")
+        .replace("rule: packllm_sim", "rule: packlm")
+        .replace("learning_rate", "lerning_rate")
+    )
+    message = problems(wrong)
+    assert "r.yaml: 8 problems" in message
+    for part in (
+        "variants.fused.train.fuse.function",
+        "'mince' is unknown; known: min_ce, avg_ce (min_ce?)",
+        "variants.pack.ensemble.members[1]",
+        "'bb' is no row here",
+        "'lineer' is unknown",
+        "(linear?)",
+        "tiny_choise",
+        "(tiny_choice?)",
+        "'cml' is no row here",
+        "(clm?)",
+        "corpus.tokens",
+        "'many'",
+        "packllm_sim",
+        "lerning_rate",
+        "(learning_rate?)",
+    ):
+        assert part in message, part
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("reference: clm", "", "reference"),
+        ("limit: {tiny_text: 3}", "limit: 0", "at least 1"),
+        ("limit: {tiny_text: 3}", "limit: {bbh81: 3}", "not among evaluate.suites"),
+        ("limit: {tiny_text: 3}", "limit: true", "evaluate.limit"),
+        ("clm_weight: 0.9", "clm_weight: 1.5", "variants.fused.train.fuse.clm_weight"),
+        ("clm_weight: 0.9", 'clm_weight: "0.9"', "number"),
+        (", clm_weight: 0.9", "", "clm_weight"),
+        ("weights: [1, 2]", "wieghts: [1, 2]", "(weights?)"),
+        ("method: linear", "method: varm", "works on changes against a base"),
+        ("train: {init: a, learning_rate: 1e-4}", "train: {init: clm}", "needs itself"),
+        ("inputs: [clm, fused]", "inputs: [clm, pack]", "no weights to build on"),
+        ("pack: {ensemble", "a: {ensemble", "a source has this name"),
+        ("clm: {train: {init: a, learning_rate: 1e-4}}", "clm: {}", "exactly one of"),
+        ("corpus: {", "korpus: {", "(corpus?)"),
+        ("suites: [tiny_text, tiny_choice]", "suites: [bbh, tiny_text]", "bbh81"),
+        ("variants:\n", "variants:\n  clm: {train: {init: a}}\n", "stands twice"),
+        ("sources:", "sources: [", "not valid YAML"),
+    ],
+)
+def test_one_mistake(old: str, new: str, expected: str) -> None:
+    assert old in GOOD
+    assert expected in problems(GOOD.replace(old, new))
+
+
+def test_overrides_go_through_the_same_door() -> None:
+    recipe = parse(GOOD, "r", ["variants.fused.train.fuse.clm_weight=0.8", "evaluate.limit=4"])
+    assert recipe.variants["fused"].train.fuse.clm_weight == 0.8  # type: ignore[union-attr]
+    assert recipe.limit("tiny_choice") == 4
+    for override, expected in (
+        ("variants.fused.train.fuse.clm_wieght=0.8", "(clm_weight?)"),
+        ("variants.fusd.train.init=a", "variants.fusd"),
+        ("nonsense", "key=value"),
+        ("variants.fused.train.fuse.sources.1=c", "'c' is no row here"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            parse(GOOD, "r", [override])
+        assert expected in str(caught.value), override
+
+
+def test_a_matrix_expands_to_named_rows() -> None:
+    text = GOOD.replace(
+        "clm_weight: 0.9}}}",
+        "clm_weight: 0.9}}, matrix: {train.fuse.clm_weight: [0.5, 0.9], train.seed: [1, 2]}}",
+    ).replace("[clm, fused]", '[clm, "fused[clm_weight=0.5,seed=1]"]')
+    rows = parse(text, "r").rows
+    assert [r for r in rows if r.startswith("fused")] == [
+        f"fused[clm_weight={w},seed={s}]" for w in (0.5, 0.9) for s in (1, 2)
+    ]
+
+
+def test_a_missing_file_lists_the_bundled_recipes() -> None:
+    with pytest.raises(RecipeError, match=r"bundled: .*tiny.*\(tiny\?\)"):
+        load("tinny")
+
+
+def test_the_schema_accepts_what_the_code_accepts_and_is_the_published_one() -> None:
+    made = schema()
+    for name in bundled():
+        jsonschema.validate(yaml.safe_load((BUNDLED / f"{name}.yaml").read_text()), made)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"sources": {}, "nonsense": 1}, made)
+    published = json.loads((BUNDLED / "schema.json").read_text())
+    assert published == json.loads(json.dumps(made)), "run: kfuse schema > harness/recipes/schema.json"
+
+
+def test_a_text_that_is_no_mapping(tmp_path: Path) -> None:
+    assert "mapping" in problems("- a\n- b\n")
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load(str(tmp_path / "x.yaml"))
