@@ -1,22 +1,29 @@
 # Two commands set everything up: `make quickstart` runs the main job, `make test` the suite.
 PYTHON ?= python3
 BIN := .venv/bin
+# Compiling what is never imported costs more than it saves.
+PIP := $(BIN)/pip install -q --no-compile --disable-pip-version-check
 
 .PHONY: quickstart test check fix clean
 
+# torch first and pinned: a range would bring its newest build, with gigabytes for GPUs.
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e '.[dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	touch $@
+
+.venv/.tested: .venv/.installed
+	$(PIP) -e '.[dev]'
 	touch $@
 
 quickstart: .venv/.installed
 	$(BIN)/kfuse run quickstart
 
-test: .venv/.installed
+test: .venv/.tested
 	$(BIN)/pytest
 
-check: .venv/.installed
+check: .venv/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -24,7 +31,7 @@ check: .venv/.installed
 	@for room in fusion harness tasks reports tests; do \
 	  printf '%-8s %6d lines\n' $$room $$(find $$room -name '*.py' | xargs cat | wc -l); done
 
-fix: .venv/.installed
+fix: .venv/.tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,6 +1,7 @@
 """Pair the positions of two tokenizations of one text.
 
-Two positions correspond when both tokenizers have read the same bytes: same prefix, same context, so
+Two positions correspond when both tokenizers have read the same bytes: same prefix, same context,
+so
 both models predict the same continuation. That takes two sorted lists of byte ends and linear time.
 
 Shapes: T target tokens, S source tokens, P pairs.
@@ -14,8 +15,8 @@ import numpy as np
 def align_boundaries(target_ends: np.ndarray, source_ends: np.ndarray) -> np.ndarray:
     """Indices (P, 2) of target and source positions whose byte ends coincide, ascending.
 
-    Ends must not decrease. Where several tokens end at one place (tokens without width), the last of
-    them counts on either side, since it has read most.
+    Ends must not decrease. Where several tokens end at one place (tokens without width), the last
+    of them counts on either side, since it has read most.
 
     Relative to the paper: FuseLLM (2401.10491, section 3.2) pairs tokens by dynamic time warping
     over edit distances, in quadratic time, and can pair tokens that share no byte.

@@ -47,8 +47,8 @@ _SCHEMA = pa.schema(
 class Piece:
     """A run of one document inside a block, as the target reads it.
 
-    ids (T,), ends (T,): target tokens and their cumulative byte ends in `text`; BOS (end 0) in front
-    if the tokenizer wants it, EOS behind (end len(text)) if the document ends here.
+    ids (T,), ends (T,): target tokens and their cumulative byte ends in `text`; BOS (end 0) in
+    front if the tokenizer wants it, EOS behind (end len(text)) if the document ends here.
     """
 
     document: int
@@ -73,10 +73,10 @@ def read_documents(path: Path) -> list[tuple[str, str]]:
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, str]]:
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open()
     name = file.name.split(".")[0]
+    opener = gzip.open if file.suffix == ".gz" else open
     try:
-        with opened as lines:
+        with opener(file, "rt", encoding="utf-8") as lines:
             if ".txt" in file.suffixes:
                 yield name, lines.read()
                 return
@@ -85,7 +85,9 @@ def _read_file(file: Path) -> Iterator[tuple[str, str]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise RunError(f"{file}:{number}: a line must be an object with a 'text' string")
+                    raise RunError(
+                        f"{file}:{number}: a line must be an object with a 'text' string"
+                    )
                 yield str(row.get("domain", name)), row["text"]
     except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise RunError(f"{file}: not readable ({error}); is it whole, and UTF-8?") from error
@@ -132,7 +134,7 @@ def pack(
                 return blocks
     found = sum(len(p.ids) for block in [*blocks, current] for p in block)
     raise RunError(
-        f"corpus: {wanted * block_tokens} tokens asked for, but its {len(documents)} documents give "
+        f"corpus: {wanted * block_tokens} tokens asked for, its {len(documents)} documents give "
         f"{found}; lower corpus.tokens or give more text"
     )
 

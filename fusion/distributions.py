@@ -38,8 +38,8 @@ class Distribution:
     """What one source predicts in one block; row s describes the token after source position s.
 
     pieces (S,): which piece of the block. ends (S,): bytes of that piece read so far.
-    ids, logprobs (S, K): likeliest first. log_tail, gold_logprob (S,): nats; gold is NaN at the last
-    position of a piece, where nothing follows.
+    ids, logprobs (S, K): likeliest first. log_tail, gold_logprob (S,): nats; gold is NaN at the
+    last position of a piece, where nothing follows.
     """
 
     pieces: np.ndarray
@@ -145,9 +145,7 @@ def capture(
     return Store(path)
 
 
-def read_piece(
-    tokenizer: PreTrainedTokenizerBase, piece: Piece
-) -> tuple[np.ndarray, np.ndarray]:
+def read_piece(tokenizer: PreTrainedTokenizerBase, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and byte ends of a piece as this tokenizer reads it, with its own BOS and EOS."""
     tokens = tokenize(tokenizer, piece.text)
     total = len(piece.text.encode())

@@ -2,7 +2,8 @@
 
     L = λ · CLM + (1 − λ) · KL(P ‖ Q)          (FuseLLM 2401.10491, equation 5; λ is `clm_weight`)
 
-The output head is applied to a chunk of positions at a time and gradients are formed there and then,
+The output head is applied to a chunk of positions at a time and gradients are formed there and
+then,
 so logits for a whole sequence never exist, and the cost does not depend on how many sources were
 fused into the targets.
 
@@ -44,7 +45,7 @@ class Loss:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sums of weighted losses; gradients for hidden states and head are made in the forward pass."""
+    """Sums of weighted losses; gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
@@ -141,8 +142,10 @@ def fused_loss(
     by default one over the number of labels. targets.weights likewise for the fusion part. Values
     are nats. With targets None or λ = 1 this is exactly the causal-LM loss.
 
-    Relative to the paper: P keeps the mass outside the top K as one bucket, where the published code
-    renormalises over K; positions that no source covers carry no fusion loss, where it uses one-hot.
+    Relative to the paper: P keeps the mass outside the top K as one bucket, where the published
+    code
+    renormalises over K; positions that no source covers carry no fusion loss, where it uses
+    one-hot.
     """
     valid = labels_T != IGNORED
     if label_weights is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def linear(
     tensors: Sequence[Tensor], base: Tensor | None, *, weights: list[float] | None = None
 ) -> Tensor:
-    """Weighted mean: Σ w_i θ_i / Σ w_i; equal weights if none are given (model soups, 2203.05482)."""
+    """Weighted mean: Σ w_i θ_i / Σ w_i; equal if none are given (model soups, 2203.05482)."""
     shares = _shares(tensors, weights)
     return _sum([share * tensor for share, tensor in zip(shares, tensors, strict=True)])
 
@@ -30,7 +30,8 @@ def slerp(tensors: Sequence[Tensor], base: Tensor | None, *, t: float = 0.5) -> 
 
         θ = sin((1−t)Ω)/sin Ω · θ_1 + sin(tΩ)/sin Ω · θ_2,   cos Ω = ⟨θ_1, θ_2⟩ / (|θ_1| |θ_2|)
 
-    Linear where |cos Ω| > 0.9995, since sin Ω then vanishes. Raises ValueError unless two are given.
+    Linear where |cos Ω| > 0.9995, since sin Ω then vanishes. Raises ValueError unless two are
+    given.
     """
     if len(tensors) != 2:
         raise ValueError(f"slerp merges two models, not {len(tensors)}")

@@ -5,15 +5,18 @@ Revision, dtype, attention and offline behaviour are decided here once. A model 
 head in float32), so that logits for a whole sequence never have to exist. Nothing here knows what
 a model is used for.
 
-Shapes: B sequences, Q new positions, K positions in reach (cached and new), D hidden width, V vocabulary.
+Shapes: B sequences, Q new positions, K positions in reach (cached and new), D hidden width, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -129,13 +132,17 @@ def fetch(path: str, revision: str | None = None) -> Path:
 def convert_gguf(gguf: Path, out: Path) -> None:
     """Write a GGUF file as an ordinary model folder: float32 safetensors, config, tokenizer.
 
-    Raises RunError if the file is truncated, damaged or of an architecture transformers cannot read.
+    Raises RunError if the file is truncated, damaged or of an architecture transformers cannot
+    read.
     """
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet()
     folder, name = str(gguf.parent), gguf.name
-    with _reading(str(gguf)):
+    # The file is opened three times (configuration, tokenizer, weights); parsing a vocabulary of a
+    # quarter million once is enough.
+    with _reading(str(gguf)), patch("gguf.GGUFReader", cache(GGUFReader)):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -163,7 +170,8 @@ def attention_pattern(
 ) -> Tensor | dict[str, Tensor]:
     """What the model takes as attention mask for a pattern of our own.
 
-    allowed_BQK: bool, where a query may look, windows aside. queries_BQ, keys_BK: the positions, from
+    allowed_BQK: bool, where a query may look, windows aside. queries_BQ, keys_BK: the positions,
+    from
     which sliding windows are taken, so that packed and padded rows see exactly the window that they
     would see alone.
     """

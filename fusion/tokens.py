@@ -126,11 +126,13 @@ def _walk(
     position = 0
     for number, index in enumerate(ids):
         known = table[index] if by_bytes and index < len(table) else None
-        if known is not None and raw.startswith(known, position):
-            position += len(known)
-        elif known is not None and known[:1] == b" " and raw.startswith(known[1:], position):
-            # A space that is not in the text: the dummy prefix.
-            position += len(known) - 1
+        reached = None
+        if known is not None:
+            reached = _reach(raw, position, known)
+            if reached is None and known[:1] == b" ":
+                reached = _reach(raw, position, known[1:])  # the dummy prefix, not in the text
+        if reached is not None:
+            position = reached
         else:
             if at_char is None:
                 widths = [len(c.encode()) for c in text]
@@ -138,11 +140,30 @@ def _walk(
             start, end = (int(at_char[o]) for o in offsets[number])
             last = number + 1 == len(ids)
             # Overlapping or empty offsets, or a text that ends elsewhere: not exactly known.
-            marked[number] = (end <= position and end > start) or (
-                by_bytes and known is not None
-            ) or (last and end != len(raw))
+            marked[number] = (
+                (end <= position and end > start)
+                or (by_bytes and known is not None)
+                or (last and end != len(raw))
+            )
             position = max(position, end)
         ends[number] = position
     if len(ids) and position != len(raw):
         marked[-1] = True
     return ends, marked
+
+
+def _reach(raw: bytes, position: int, known: bytes) -> int | None:
+    """Where `known` ends in the text if it stands there; its space may be a visible one."""
+    if raw.startswith(known, position):
+        return position + len(known)
+    visible = _SPACE.encode()
+    if b" " not in known or not raw.startswith((visible, known[:1]), position):
+        return None
+    for byte in known:
+        if byte == 32 and raw.startswith(visible, position):
+            position += len(visible)
+        elif position < len(raw) and raw[position] == byte:
+            position += 1
+        else:
+            return None
+    return position

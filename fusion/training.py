@@ -119,7 +119,9 @@ def attach_loss(model: PreTrainedModel, clm_weight: float) -> None:
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
 
-    def head_forward(self: nn.Linear, hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def head_forward(
+        self: nn.Linear, hidden: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         weight = self.weight
         if self.bias is not None:
             hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
@@ -163,9 +165,11 @@ class FusionTrainer(Trainer):
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
     ) -> Any:
         labelled = inputs["label_weights"] > 0
-        covered = (inputs["target_weights"] > 0).sum() / labelled.sum() if (
-            "target_weights" in inputs
-        ) else torch.tensor(0.0)
+        covered = (
+            (inputs["target_weights"] > 0).sum() / labelled.sum()
+            if ("target_weights" in inputs)
+            else torch.tensor(0.0)
+        )
         out = model(**inputs)
         self.parts.append(
             (out["clm"].item(), out["fusion"].item(), covered.item(), int(labelled.sum()))
@@ -190,7 +194,9 @@ class TrainingLog(TrainerCallback):
             writer.writeheader()
             writer.writerows(rows)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
+    ) -> None:
         trainer: FusionTrainer = self.trainer  # type: ignore[attr-defined]
         if not logs or "learning_rate" not in logs or not trainer.parts:
             return
@@ -262,7 +268,9 @@ def last_checkpoint(folder: Path) -> Path | None:
     whole = []
     for path in folder.glob("checkpoint-*"):
         try:
-            whole.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+            whole.append(
+                (json.loads((path / "trainer_state.json").read_text())["global_step"], path)
+            )
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path, ignore_errors=True)
     return max(whole)[1] if whole else None

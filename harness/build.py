@@ -190,9 +190,10 @@ def _capture(plan: Plan, step: Step) -> dict[str, Any]:
 
 def _map(plan: Plan, step: Step) -> dict[str, Any]:
     """The vocabulary map of a pair of tokenizers."""
+    from scipy import sparse
+
     from fusion.models import load_tokenizer
     from fusion.vocabulary import build as build_map
-    from scipy import sparse
 
     folders = [model_folder(plan, step.content[f"{side}_row"]) for side in ("source", "target")]
     source, target = (load_tokenizer(folder) for folder in folders)

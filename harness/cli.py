@@ -1,7 +1,7 @@
 """The `kfuse` command: arguments in, one call of a stage, exit code out.
 
-Exit codes: 0 done, 1 the world is wrong or some rows could not be made or measured (they are named),
-2 the recipe or the arguments are wrong. Heavy libraries load only when a stage needs them.
+Exit codes: 0 done, 1 the world is wrong or some rows could not be made or measured (they are
+named), 2 the recipe or the arguments are wrong. Heavy libraries load only when a stage needs them.
 """
 
 from __future__ import annotations

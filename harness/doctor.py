@@ -70,7 +70,9 @@ def examine() -> str:
         "store": f"{store}, {shutil.disk_usage(place).free / 2**30:.1f} GiB free",
         "hub": "reachable" if reachable() else "not reachable: give local folders, GGUF or pypi:",
         "code sandbox": _sandbox(),
-        "toolchains": ", ".join(t for t in ("gcc", "node", "java", "go", "rustc") if shutil.which(t))
+        "toolchains": ", ".join(
+            t for t in ("gcc", "node", "java", "go", "rustc") if shutil.which(t)
+        )
         or "none but python",
         **{name: metadata.version(name) for name in PACKAGES},
     }

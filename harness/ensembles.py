@@ -62,7 +62,7 @@ class EnsembleLM(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the mixture, whether greedy for every member) of each continuation."""
+        """(log-probability of the mixture, whether greedy for all members) of each continuation."""
         texts = [request.args for request in requests]
         pairs = [member.pairs(requests) for member in self.members]
         scored = [m.score(p, contexts=True) for m, p in zip(self.members, pairs, strict=True)]
@@ -81,13 +81,16 @@ class EnsembleLM(LM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        """Log-probability of each whole text; there is no prompt, so the rule sees equal members."""
+        """Log-probability of each whole text; without a prompt the rule sees equal members."""
         logprobs: list[list[np.ndarray]] = []
         for member in self.members:
             windows = [member.windows(request.args[0]) for request in requests]
             scored = iter(member.score([pair for pairs in windows for pair in pairs]))
             logprobs.append(
-                [np.concatenate([next(scored).logprobs.numpy() for _ in pairs]) for pairs in windows]
+                [
+                    np.concatenate([next(scored).logprobs.numpy() for _ in pairs])
+                    for pairs in windows
+                ]
             )
         weights = self.weigh(np.zeros(len(self.members)))
         out = []
@@ -147,8 +150,8 @@ def mix_chunks(
 
         log P = Σ_c log Σ_j w_j exp(Σ_{t in c} log p_j,t)
 
-    logprobs, ends: for each member its tokens' log-probabilities and byte ends. A chunk ends where a
-    token of every member ends; without one, the whole text is one chunk.
+    logprobs, ends: for each member its tokens' log-probabilities and byte ends. A chunk ends where
+    a token of every member ends; without one, the whole text is one chunk.
     """
     common = set(ends[0].tolist())
     for other in ends[1:]:
@@ -221,13 +224,17 @@ class _Speaking:
                     gold = torch.tensor(tokens[1 + start : 257 + start], device=part.device)
                     lp = log_softmax(member.model, part[start : start + 256])
                     total += float(lp.gather(1, gold[:, None]).double().sum())
-                text = self.contexts[row] if not self.skipped[len(last)][row] else (
-                    member.tokenizer.decode(tokens)
+                text = (
+                    self.contexts[row]
+                    if not self.skipped[len(last)][row]
+                    else (member.tokenizer.decode(tokens))
                 )
                 scores.append(member_bits(member, text, tokens, total))
             bits.append(scores)
             last.append(hidden[:, -1])
-        self.weights = np.stack([self.ensemble.weigh(column) for column in np.array(bits).T], axis=1)
+        self.weights = np.stack(
+            [self.ensemble.weigh(column) for column in np.array(bits).T], axis=1
+        )
         return last
 
     def _choose(self, last: Sequence[Tensor], current: Sequence[np.ndarray]) -> list[int]:
@@ -240,7 +247,8 @@ class _Speaking:
                 wide = min(p.shape[1], mixed.shape[1])
                 mixed[:, :wide] += (self.weights[index] * current[index])[:, None] * p[:, :wide]
             else:
-                # A row where no other member may speak is the first one's alone, whatever it weighs.
+                # A row where no other member may speak is the first one's alone, whatever it
+                # weighs.
                 alone = sum(w * c for w, c in zip(self.weights[1:], current[1:], strict=True)) == 0
                 mixed = p * np.where(alone, 1.0, self.weights[0])[:, None]
         return mixed.argmax(axis=1).tolist()
@@ -273,7 +281,7 @@ class _Speaking:
         return weight.new_zeros((len(self.alive), weight.shape[1]))
 
     def _reread(self, index: int, slot: int, row: int, text: str) -> list[int]:
-        """New ids of a row for a member, after taking back those that it would now cut otherwise."""
+        """New ids of a row for a member, after taking back those it would now cut otherwise."""
         member, read = self.ensemble.members[index], self.read[index][row]
         ids = member.tok_encode(self.contexts[row] + text)[self.skipped[index][row] :]
         same = 0

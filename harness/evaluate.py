@@ -1,6 +1,7 @@
 """Measure one row on one suite: lm-eval's tasks, prompts, filters and metrics; our run loop.
 
-Raw records are appended as Parquet parts, a batch of items each, and scores are derived from them in
+Raw records are appended as Parquet parts, a batch of items each, and scores are derived from them
+in
 a second pass that needs no model, so an interrupted measurement loses one batch, and every metric
 can be computed again. Prompts are built once for the whole task, whatever is left to do.
 """
@@ -381,7 +382,9 @@ def _manifest(
 
     recipe, row = plan.recipe, step.rows[0]
     definition = definition_hash(step.name)
-    data = [identity([i.task, i.doc_id, i.doc, [str(r.args) for r in i.requests]]) for i in loaded.items]
+    data = [
+        identity([i.task, i.doc_id, i.doc, [str(r.args) for r in i.requests]]) for i in loaded.items
+    ]
     listed = []
     for task in loaded.suite.tasks:
         chosen = frame[(frame.task == task.name) & (frame.metric == task.metric)]

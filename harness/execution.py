@@ -15,6 +15,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ _TEST = "def check(candidate):\n    assert candidate(1) == 2\n"
 def program(prompt: str, completion: str, test: str, entry_point: str, nonce: str) -> str:
     """A completion with its tests; the nonce is printed only after every test has passed.
 
-    Relative to the published harness (HumanEval, 2107.03374): there a program that leaves early with
-    code 0 passes.
+    Relative to the published harness (HumanEval, 2107.03374): there a program that leaves early
+    with code 0 passes.
     """
     return f"{prompt}{completion}\n\n{test}\n\ncheck({entry_point})\nprint({nonce!r})\n"
 
@@ -58,14 +59,13 @@ def judge(completion: str, document: Mapping[str, Any], limits: Limits) -> str:
     """Run one completion against its problem's tests."""
     # A nonce of its own for each program: it cannot be known, and an assertion cannot contain it.
     nonce = secrets.token_hex(16)
-    text = program(
-        document["prompt"], completion, document["test"], document["entry_point"], nonce
-    )
+    text = program(document["prompt"], completion, document["test"], document["entry_point"], nonce)
     interpreter = str(Path(sys.executable).resolve())
     result = run([interpreter, "-I", "-S", "main.py"], {"main.py": text}, limits)
     return outcome(result, nonce)
 
 
+@cache
 def canaries(limits: Limits) -> str | None:
     """None if this machine judges rightly, else what it got wrong."""
     for expected, body in _CANARIES.items():
@@ -87,8 +87,8 @@ def execute(
 ) -> list[str]:
     """The outcome of each record's first generation, in order; timeouts get a second try alone.
 
-    programs: records with `generation` and the problem as `doc` (prompt, test, entry_point). RunError
-    unless allowed.
+    programs: records with `generation` and the problem as `doc` (prompt, test, entry_point).
+    RunError unless allowed.
     """
     if not allow:
         raise RunError("generated code is only executed if the recipe allows it")
@@ -105,7 +105,9 @@ def execute(
             progress(done)
     for number, result in enumerate(found):
         if result == "timeout":
-            found[number] = judge(programs[number]["generation"][0], programs[number]["doc"], limits)
+            found[number] = judge(
+                programs[number]["generation"][0], programs[number]["doc"], limits
+            )
     return found
 
 

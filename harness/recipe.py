@@ -67,6 +67,7 @@ class Loaded:
     """A recipe as read: its name, text, overrides as passed, and content."""
 
     name: str
+    path: str
     text: str
     overrides: tuple[str, ...]
     recipe: Recipe
@@ -116,7 +117,8 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Loaded:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text ({error.reason})") from error
-    return Loaded(path.stem, text, tuple(overrides), parse(text, str(path), overrides))
+    recipe = parse(text, str(path), overrides)
+    return Loaded(path.stem, str(path.absolute()), text, tuple(overrides), recipe)
 
 
 def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -242,13 +244,15 @@ def _explain(error: Any, raw: dict) -> tuple[str, str]:
     if kind == "literal_error":
         return path, f"{found!r} is unknown; known: {error['ctx']['expected']}"
     message = error["msg"].removeprefix("Input should be ")
-    shown = found if isinstance(found, (str, int, float, bool, type(None))) else type(found).__name__
+    shown = (
+        found if isinstance(found, (str, int, float, bool, type(None))) else type(found).__name__
+    )
     return path, f"{shown!r} is not right; should be {message}"
 
 
 def _variants(raw: Mapping) -> Iterator[tuple[str, str, dict]]:
     variants = raw.get("variants")
-    for name, variant in (variants.items() if isinstance(variants, dict) else ()):
+    for name, variant in variants.items() if isinstance(variants, dict) else ():
         for kind in ("train", "merge", "ensemble"):
             if isinstance(variant, dict) and isinstance(variant.get(kind), dict):
                 yield str(name), kind, variant[kind]
@@ -325,7 +329,9 @@ def _methods(raw: Mapping) -> Iterator[tuple[str, str]]:
             from fusion.vocabulary import VOCABULARY_MAPS
 
             fuse = section["fuse"]
-            yield from _method(f"{at}.fuse.function", fuse, "function", FUSION_FUNCTIONS, parameters)
+            yield from _method(
+                f"{at}.fuse.function", fuse, "function", FUSION_FUNCTIONS, parameters
+            )
             yield from _method(f"{at}.fuse.vocabulary", fuse, "vocabulary", VOCABULARY_MAPS, None)
         elif kind == "merge":
             from fusion.merging import MERGE_METHODS, needs_base
@@ -399,7 +405,10 @@ def schema() -> dict[str, Any]:
         "additionalProperties": {"type": "array"},
     }
     out["$defs"]["Variant"]["properties"]["matrix"] = matrix
-    return out | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kfuse recipe"}
+    return out | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "kfuse recipe",
+    }
 
 
 __all__ = ["Loaded", "Recipe", "bundled", "known_suites", "load", "parse", "schema"]

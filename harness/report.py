@@ -65,7 +65,8 @@ def _cell(plan: Plan, row: str, step: Step, reasons: dict[str, str]) -> dict[str
         }
     if row in reasons:
         return {"reason": f"not built: {reasons[row]}"}
-    return {"reason": reasons.get(f"{row}/{step.name}", "not measured: not run yet")}
+    reason = reasons.get(f"{row}/{step.name}") or step.failure
+    return {"reason": reason or "not measured: not run yet"}
 
 
 def _row(plan: Plan, row: str) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.errors import RecipeError, RunError
-from harness.plan import Plan, Step, inputs, plan, suite_of
+from fusion.errors import RecipeError
+from harness.plan import Plan, Step, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
 from harness.store import home
@@ -35,7 +35,7 @@ def run(
     if "build" in stages and any(step.kind != "evaluate" for step in waiting):
         planned, reasons = _build(loaded, planned, rows)
     if "evaluate" in stages:
-        reasons |= _evaluate(planned, rows, reasons)
+        reasons |= _evaluate(loaded, planned, rows, reasons)
     code = 1 if reasons else 0
     if "report" in stages:
         from harness.report import write
@@ -82,7 +82,7 @@ def _may_run(step: Step, allowed: bool) -> bool:
 
 
 def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, dict[str, str]]:
-    """Build, hub models first: their content is known, and names what follows, once they are here."""
+    """Build, hub models first: their content names what follows, once they are here."""
     from harness.build import build
 
     hub = [name for name, f in planned.folders.items() if f and "absent" in f.parts]
@@ -93,34 +93,19 @@ def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, di
     return planned, reasons | build(planned, rows)
 
 
-def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> dict[str, str]:
+def _evaluate(
+    loaded: Loaded, planned: Plan, rows: Sequence[str], reasons: dict[str, str]
+) -> dict[str, str]:
     """Measure what is built; reasons by "row/suite" for what could not be."""
-    todo = {row: [s for s in pending(planned, [row], ("evaluate",))] for row in rows}
-    if not any(todo.values()):
+    todo = {row: pending(planned, [row], ("evaluate",)) for row in rows if row not in reasons}
+    todo = {row: steps for row, steps in todo.items() if steps}
+    if not todo:
         return {}
-    from harness.measuring import Measuring
+    from harness.measuring import measure_apart, measure_rows
 
-    measuring = Measuring(planned)
-    failed = {}
-    for row, steps in todo.items():
-        if row in reasons or not steps:
-            continue
-        missing = [r for r in _models(planned, row) if not measuring.built(r)]
-        for step in steps:
-            try:
-                if missing:
-                    raise RunError(f"not built: {', '.join(missing)}")
-                measuring.measure(row, step)
-            except RunError as error:
-                failed[f"{row}/{step.name}"] = f"not measured: {error}"
-                say(f"{row} · {step.name}: {error}")
-        measuring.release()
-    return failed
-
-
-def _models(planned: Plan, row: str) -> list[str]:
-    """The rows whose weights a row is measured with."""
-    return [row] if planned.folders[row] else inputs(planned.recipe, row)
+    if planned.recipe.machine.evaluate_processes > 1 and len(todo) > 1:
+        return measure_apart(loaded, planned, todo)
+    return measure_rows(planned, todo)
 
 
 def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
@@ -151,8 +136,8 @@ def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
     return "\n".join(
         [
             captured.get().rstrip(),
-            f"to build: {len(waiting)} folders, about {disk:.1f} GiB; {tokens['capture']:,} tokens of "
-            f"source distributions, {tokens['train']:,} tokens of training",
+            f"to build: {len(waiting)} folders, about {disk:.1f} GiB; {tokens['capture']:,} tokens "
+            f"of source distributions, {tokens['train']:,} tokens of training",
             *lines,
             f"store: {planned.home}",
         ]
@@ -171,10 +156,14 @@ def _model_state(planned: Plan, row: str) -> str:
 
 
 def _show(index: Path, files: dict[str, Path]) -> None:
-    from reports.formats import terminal
-    from reports.table import read
     from rich.console import Console
 
-    Console().print(terminal(read(index)))
+    from reports.formats import terminal
+    from reports.table import read
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    console.print(terminal(read(index)))
     for kind, path in files.items():
         print(f"{kind:<9} {path}")

@@ -7,7 +7,8 @@ allows no namespaces. In both: a fresh folder that is removed afterwards, no inh
 standard input closed, limits on time, memory, processes, file size and output, and everything that
 was started is killed at the end.
 
-Not protected, in either tier: the kernel itself (no seccomp filter), reading of world-readable files
+Not protected, in either tier: the kernel itself (no seccomp filter), reading of world-readable
+files
 that are not covered, and in the process tier also the network and other files of the same user.
 """
 

@@ -274,7 +274,9 @@ class SharedPrefixLM(TemplateLM):
         if add_special_tokens is None:
             first = self.tokenizer.decode([self.prefix_token_id])
             doubled = bool(first) and string.startswith(first)
-            return self.tokenizer.encode(string, **({"add_special_tokens": False} if doubled else {}))
+            return self.tokenizer.encode(
+                string, **({"add_special_tokens": False} if doubled else {})
+            )
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def pairs(self, requests: Sequence[Instance]) -> list[Pair]:
@@ -345,7 +347,7 @@ class SharedPrefixLM(TemplateLM):
         return [out[index] for index in range(len(pairs))]
 
     def _score_trees(self, trees: Sequence[Tree], contexts: bool = False) -> list[list[Scored]]:
-        """One row a tree: context, then its continuations side by side, without their last token."""
+        """One row a tree: context, then its continuations side by side, less their last token."""
         rows: list[tuple[list[int], list[int], list[int]]] = []
         wanted: list[tuple[int, list[int], list[int]]] = []  # row, slots, the tokens they predict
         for row, (context, continuations, _) in enumerate(trees):
@@ -434,7 +436,9 @@ class SharedPrefixLM(TemplateLM):
         context, arguments = request.args
         if arguments.get("do_sample") and float(arguments.get("temperature", 1)) > 0:
             raise RunError(f"{request.task_name}: asks for sampling; kfuse generates greedily")
-        most = int(arguments.get("max_gen_toks", arguments.get("max_new_tokens", self.max_gen_toks)))
+        most = int(
+            arguments.get("max_gen_toks", arguments.get("max_new_tokens", self.max_gen_toks))
+        )
         until = arguments.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         until.append(self.tokenizer.decode([self.eot_token_id]))

@@ -1,7 +1,7 @@
 """Three tiny models with three different tokenizers, and a corpus, made on the spot.
 
-They know nothing and are the same bytes on every machine of one torch version: what `kfuse run tiny`
-and the tests run the whole loop on. Architectures: Llama, GPT-NeoX, Gemma-3 (sliding window);
+They know nothing and are the same bytes on every machine of one torch version: what `kfuse run
+tiny` and the tests run the whole loop on. Architectures: Llama, GPT-NeoX, Gemma-3 (sliding window);
 tokenizers: byte-level BPE, SentencePiece-style BPE with byte fallback and BOS, Unigram.
 """
 

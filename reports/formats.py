@@ -1,4 +1,5 @@
-"""A report as text: terminal, Markdown and CSV. Percent and rounding happen here and nowhere before.
+"""A report as text: terminal, Markdown and CSV. Percent and rounding happen here and nowhere
+before.
 
 Add a format: a function of a Report and its line in FORMATS at the foot.
 """
@@ -15,7 +16,9 @@ from reports.table import Cell, Column, Gain, Report
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SIGN = "gain: paired difference to the reference, positive is better whatever the metric's direction"
+SIGN = (
+    "gain: paired difference to the reference, positive is better whatever the metric's direction"
+)
 
 
 def number(value: float | None, column: Column) -> str:
@@ -72,7 +75,7 @@ def partial_text(report: Report, column: Column) -> str:
 
 
 def headline(report: Report) -> str:
-    """The comparison in one sentence: what is better, what is worse, what these items cannot tell."""
+    """The comparison in one sentence: what is better, what worse, what is open."""
     found: dict[str, list[str]] = {"better": [], "worse": []}
     open_ones = 0
     for row in report.rows:
@@ -149,7 +152,9 @@ def terminal(report: Report) -> RenderableType:
 def _escape(text: str) -> str:
     """Text inside a Markdown table; names may hold anything."""
     for mark in ("\\", "|", "<", ">", "`", "*", "_", "[", "]"):
-        text = text.replace(mark, "\\" + mark if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark])
+        text = text.replace(
+            mark, "\\" + mark if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark]
+        )
     return text.replace("\n", " ")
 
 
@@ -182,10 +187,27 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-_COLUMNS = (
-    "recipe row suite task metric score low high n n_total partial gain gain_low gain_high p_holm "
-    "verdict detectable reason signature"
-).split()
+_COLUMNS = [
+    "recipe",
+    "row",
+    "suite",
+    "task",
+    "metric",
+    "score",
+    "low",
+    "high",
+    "n",
+    "n_total",
+    "partial",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "p_holm",
+    "verdict",
+    "detectable",
+    "reason",
+    "signature",
+]
 
 
 def comma_separated(report: Report) -> str:
@@ -203,7 +225,11 @@ def comma_separated(report: Report) -> str:
         if cell.gain:
             gain = cell.gain
             line |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-            line |= {"p_holm": gain.adjusted, "verdict": gain.verdict, "detectable": gain.detectable}
+            line |= {
+                "p_holm": gain.adjusted,
+                "verdict": gain.verdict,
+                "detectable": gain.detectable,
+            }
         writer.writerow(line)
         for task in cell.tasks:
             line = base | {"task": task.task, "metric": task.metric, "score": task.score}

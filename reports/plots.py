@@ -1,4 +1,4 @@
-"""Plots as inline SVG: gains with their intervals, and training curves. Each has a table beside it."""
+"""Plots as inline SVG: gains with intervals, and training curves; a table is beside each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def _svg(figure: Figure, label: str) -> str:
 
     out = io.StringIO()
     # No date and fixed ids, so that the same report is the same bytes.
-    figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight")
+    figure.savefig(
+        out, format="svg", metadata={"Date": None}, transparent=True, bbox_inches="tight"
+    )
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -79,7 +81,7 @@ def forest(report: Report, column: Column) -> str | None:
 
 
 def training(report: Report) -> str | None:
-    """Causal-LM loss (and fusion loss, dashed) of every trained row by tokens; None without logs."""
+    """Causal-LM loss (and fusion loss, dashed) of every trained row by tokens, or None."""
     logs = [
         (row["name"], read_training_log(Path(report.home) / row["training_log"]))
         for row in report.rows
@@ -93,7 +95,11 @@ def training(report: Report) -> str | None:
         line = axes.plot(log["tokens"], log["clm"], marker="o", ms=3, label=f"{name}: CLM")[0]
         if any(log["fusion"]):
             axes.plot(
-                log["tokens"], log["fusion"], ls="--", color=line.get_color(), label=f"{name}: fusion"
+                log["tokens"],
+                log["fusion"],
+                ls="--",
+                color=line.get_color(),
+                label=f"{name}: fusion",
             )
     axes.set_xlabel("target tokens read")
     axes.set_ylabel("nats a position")

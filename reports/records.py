@@ -1,7 +1,7 @@
 """Evaluation folders: the manifest, the raw samples and the derived scores of one run.
 
-A folder counts once its `manifest.json` is there. Nothing is repaired or guessed here: what does not
-fit is an error that names the file.
+A folder counts once its `manifest.json` is there. Nothing is repaired or guessed here: what does
+not fit is an error that names the file.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def read_samples(run: Run | Path | str) -> pd.DataFrame:
 def read_scores(run: Run | Path | str) -> pd.DataFrame:
     """The derived scores of a run, one line an item and metric; a value of NaN is not scored.
 
-    FileNotFoundError if the file is missing, ValueError if it is not Parquet, lacks a column, scores
-    an item twice, or holds an infinite value or a weight that is not positive.
+    FileNotFoundError if the file is missing, ValueError if it is not Parquet, lacks a column,
+    scores an item twice, or holds an infinite value or a weight that is not positive.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     path = run.folder / "scores.parquet"

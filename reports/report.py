@@ -11,7 +11,7 @@ from reports.table import read
 
 
 def write(index: Path) -> dict[str, Path]:
-    """Markdown, CSV and HTML of an index file, by format. Errors name the file that does not fit."""
+    """Markdown, CSV and HTML of an index file, by format. Errors name the file."""
     report = read(index)
     made = {name: (file, render(report)) for name, (file, render) in FORMATS.items()}
     made["html"] = ("report.html", page(report))

@@ -2,8 +2,8 @@
 
 What is random here is the draw of items, nothing else: two trainings of one variant differ by more.
 Comparisons are paired (both rows answered the same items) and stratified by task, after Miller,
-"Adding Error Bars to Evals" (2411.00640). Gains are positive when the row is better; the caller turns
-the sign for metrics where lower is better.
+"Adding Error Bars to Evals" (2411.00640). Gains are positive when the row is better; the caller
+turns the sign for metrics where lower is better.
 
 H tasks, n items (or clusters of items) of a task, d the difference of an item, w its weight.
 """
@@ -78,8 +78,8 @@ def wilson(successes: float, n: float, level: float = 0.95) -> tuple[float, floa
 def mcnemar(row_only: int, reference_only: int) -> McNemar:
     """Exact and mid-p McNemar test from the two discordant counts.
 
-    With m = row_only + reference_only, p = min(1, 2·P[Bin(m, ½) ≤ min]); mid-p takes P[X = min] off.
-    ValueError for a negative count.
+    With m = row_only + reference_only, p = min(1, 2·P[Bin(m, ½) ≤ min]); mid-p takes P[X = min]
+    off. ValueError for a negative count.
     """
     from scipy.stats import binom
 
@@ -130,9 +130,12 @@ def paired_bootstrap(
 
         gain = 1/H · Σ_tasks (Σ w·d / Σ w),   d = scores − reference
 
-    Items (n,) with NaN on either side are left out on both. Clusters are drawn within tasks, n − 1 of
-    n, so that the variance of a task with few items is not understated (Rao & Wu 1988); tasks of one
-    cluster are drawn as if they were the items of one task (collapsed strata, which is careful). The
+    Items (n,) with NaN on either side are left out on both. Clusters are drawn within tasks, n − 1
+    of
+    n, so that the variance of a task with few items is not understated (Rao & Wu 1988); tasks of
+    one
+    cluster are drawn as if they were the items of one task (collapsed strata, which is careful).
+    The
     p-value does not come from these draws: it is that of the permutation test that swaps the two
     rows within clusters, exact up to 13 clusters that differ, sampled beyond. The bootstrap itself
     would call four discordant items out of four significant.
@@ -242,7 +245,7 @@ def _clusters(
 def _percentiles(
     strata: list[Array], generator: np.random.Generator, draws: int, level: float
 ) -> tuple[float | None, float | None]:
-    """Percentiles of the macro mean over bootstrap draws; None if nothing varies or can be drawn."""
+    """Percentiles of the macro mean over bootstrap draws; None if nothing varies."""
     tasks = len(strata)
     by_size = sorted(range(tasks), key=lambda i: len(strata[i]))
     single = [i for i in by_size if len(strata[i]) == 1]

@@ -1,6 +1,7 @@
 """What a recipe's rows came to: rows × suites with scores, intervals, gains and reasons for gaps.
 
-Read from the index that harness writes and the evaluation folders that it names; nothing is measured
+Read from the index that harness writes and the evaluation folders that it names; nothing is
+measured
 here. A gain is paired, positive when the row is better whatever the metric's direction, and taken
 only between runs whose signatures differ in nothing but the model. Not measured is never a number.
 """
@@ -169,7 +170,9 @@ def _generator(*names: str) -> Any:
 def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Cell:
     from reports.statistics import macro, macro_interval
 
-    tasks = tuple(_task(run, task, frame[frame.task == task["task"]]) for task in run.manifest["tasks"])
+    tasks = tuple(
+        _task(run, task, frame[frame.task == task["task"]]) for task in run.manifest["tasks"]
+    )
     scored = [t for t in tasks if t.score is not None]
     n, n_total = sum(t.n for t in tasks), sum(t.n_total for t in tasks)
     if len(scored) < len(tasks):

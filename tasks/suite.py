@@ -17,10 +17,10 @@ DEFINITIONS = ROOM / "definitions"  # lm-eval's include_path
 
 _NOT_SUITES = ("__init__", "suite", "datasets", "passages")
 _BBH = (
-    "suite 'bbh': its 6,511 questions do not come with any package that kfuse fetches; what does come "
-    "are its 81 solved exemplars, and that suite is named bbh81, since its scores are no BBH scores. "
-    "With the hub or a local copy of the data (HF_DATASETS_CACHE), measure all 27 stock tasks as "
-    "lm_eval:bbh_cot_fewshot"
+    "suite 'bbh': its 6,511 questions do not come with any package that kfuse fetches; what does "
+    "come are its 81 solved exemplars, and that suite is named bbh81, since its scores are no BBH "
+    "scores. With the hub or a local copy of the data (HF_DATASETS_CACHE), measure all 27 stock "
+    "tasks as lm_eval:bbh_cot_fewshot"
 )
 
 

@@ -13,7 +13,10 @@ from fusion.distributions import capture, open_store, read_piece
 from fusion.errors import RunError
 from fusion.models import load_model, load_tokenizer
 
-TEXTS = [("one", "The baker counts seven apples. " * 12), ("two", "A héron walks — 😀 — along. " * 12)]
+TEXTS = [
+    ("one", "The baker counts seven apples. " * 12),
+    ("two", "A héron walks — 😀 — along. " * 12),
+]
 
 
 @pytest.fixture
@@ -21,7 +24,9 @@ def blocks(tiny: dict[str, Path]) -> list:
     return pack(TEXTS, load_tokenizer(tiny["llama"]), 64, 256, seed=3)
 
 
-def test_blocks_are_full_and_their_tokens_are_their_text(tiny: dict[str, Path], blocks: list) -> None:
+def test_blocks_are_full_and_their_tokens_are_their_text(
+    tiny: dict[str, Path], blocks: list
+) -> None:
     tokenizer = load_tokenizer(tiny["llama"])
     assert len(blocks) == 4
     for block in blocks:
@@ -39,7 +44,11 @@ def test_blocks_survive_the_disk_and_depend_on_the_seed(
     write_blocks(tmp_path / "b.parquet", blocks)
     again = read_blocks(tmp_path / "b.parquet")
     assert [[p.text for p in b] for b in again] == [[p.text for p in b] for b in blocks]
-    assert all((p.ids == q.ids).all() for b, c in zip(again, blocks) for p, q in zip(b, c))
+    assert all(
+        (p.ids == q.ids).all()
+        for b, c in zip(again, blocks, strict=True)
+        for p, q in zip(b, c, strict=True)
+    )
 
 
 def test_a_corpus_that_is_too_small_says_so(tiny: dict[str, Path]) -> None:

@@ -80,7 +80,9 @@ def test_avg_ce_weights_equal_the_recorded_ones(shared: Path) -> None:
         ]
         fused = avg_ce(sources, np.array(case["ce"]))
         # Each source says its own token with certainty, so the fused row is the weights.
-        np.testing.assert_allclose(fused.probabilities.toarray()[0], case["weights_paper"], atol=1e-12)
+        np.testing.assert_allclose(
+            fused.probabilities.toarray()[0], case["weights_paper"], atol=1e-12
+        )
 
 
 def piece(text: str, ids: list[int], ends: list[int]) -> Piece:

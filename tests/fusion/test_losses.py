@@ -40,7 +40,9 @@ def dense(hidden, head, labels, targets, clm_weight, softcap=None):  # noqa: ANN
     clm = sum(-q[t, labels[t]] for t in valid) / len(valid)
     fusion = torch.zeros((), dtype=torch.float64)
     for t in range(len(labels)):
-        kept = {int(i): float(p) for i, p in zip(targets.ids[t], targets.probabilities[t])}
+        kept = {
+            int(i): float(p) for i, p in zip(targets.ids[t], targets.probabilities[t], strict=True)
+        }
         rest = [v for v in range(z.shape[1]) if v not in kept]
         tail = 1 - sum(kept.values())
         kl = sum(p * (math.log(p) - q[t, v]) for v, p in kept.items() if p > 0)

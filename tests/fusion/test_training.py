@@ -125,9 +125,7 @@ def test_a_run_killed_midway_ends_with_the_same_bytes(
         pytest.skip("the run was over before it could be killed")
     facts = train(made)
     assert facts["resumed_from"] >= 2
-    assert (out / "model.safetensors").read_bytes() == (
-        unbroken / "model.safetensors"
-    ).read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(unbroken)]
 
 

@@ -76,7 +76,8 @@ def test_time_is_limited_and_nothing_stays_alive() -> None:
         "import os, sys, time\n"
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
-        f"    os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(60)', {mark!r}])\n"
+        "    sleep = 'import time; time.sleep(60)'\n"
+        f"    os.execv(sys.executable, [sys.executable, '-c', sleep, {mark!r}])\n"
         "time.sleep(0.3)"
     )
     time.sleep(0.1)

@@ -1,0 +1,203 @@
+"""The whole loop on tiny models through the command line, and what happens to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ["llama", "gemma", "neox", "clm", "fused", "merged", "pack"]
+
+
+def kfuse(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"KFUSE_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "harness.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    done = kfuse("run", "tiny", home=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gains against clm" in done.stdout
+    return home
+
+
+def report(home: Path, suffix: str) -> Path:
+    (path,) = home.glob(f"reports/tiny-*/report.{suffix}")
+    return path
+
+
+def test_from_yaml_to_report(finished: Path) -> None:
+    table = pd.read_csv(report(finished, "csv"))
+    suites = table[table.task.isna()]
+    assert list(dict.fromkeys(suites.row)) == ROWS
+    assert suites.score.notna().all()
+    assert suites.signature.str.contains("model:").all()
+    text = report(finished, "md").read_text()
+    assert all(f"| {row} |" in text for row in ROWS)
+    page = report(finished, "html").read_text()
+    assert page.count("<svg") >= 5
+    assert "http" not in page.replace("http://www.w3.org", "").split("<pre>")[0]
+
+
+def test_again_does_nothing_and_says_so(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    started = time.monotonic()
+    done = kfuse("run", "tiny", home=finished)
+    assert "nothing to do" in done.stderr
+    assert time.monotonic() - started < 10
+    same = [p for p in before if "reports" not in p.parts]
+    assert all(p.stat().st_mtime_ns == before[p] for p in same)
+
+
+def test_another_lambda_rebuilds_only_what_depends_on_it(finished: Path) -> None:
+    done = kfuse(
+        "run", "tiny", "variants.fused.train.fuse.clm_weight=0.5", "--dry-run", home=finished
+    )
+    listed = done.stdout.split("to build:")[1]
+    assert listed.startswith(" 2 folders")
+    assert "train    fused" in listed
+    assert "merge    merged" in listed
+
+
+def test_a_report_is_the_same_bytes_from_the_same_records(finished: Path) -> None:
+    before = report(finished, "md").read_bytes(), report(finished, "csv").read_bytes()
+    assert kfuse("report", "tiny", home=finished).returncode == 0
+    assert (report(finished, "md").read_bytes(), report(finished, "csv").read_bytes()) == before
+
+
+def test_only_builds_and_measures_one_row(tmp_path: Path) -> None:
+    done = kfuse("run", "tiny", "--only", "neox", "evaluate.suites=[tiny_text]", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [p.name.split("-")[0] for p in (tmp_path / "models").iterdir()] == ["neox"]
+    assert "not measured: not run yet" in done.stdout
+    assert kfuse("run", "tiny", "--only", "neo", home=tmp_path).returncode == 2
+
+
+def test_without_consent_no_code_runs_and_the_table_says_why(tmp_path: Path) -> None:
+    arguments = ["evaluate.suites=[tiny_code]", "evaluate.allow_code_execution=false"]
+    done = kfuse("run", "tiny", "--only", "llama", *arguments, home=tmp_path)
+    assert done.returncode == 0
+    assert "allow_code_execution: true" in done.stdout
+    assert not (tmp_path / "evaluations").exists()
+
+
+@pytest.mark.parametrize("seconds", [4.0, 7.0])
+def test_killed_at_any_time_it_goes_on(finished: Path, tmp_path: Path, seconds: float) -> None:
+    environment = os.environ | {"KFUSE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "harness.cli", "run", "tiny"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **quiet)  # type: ignore[call-overload]
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert kfuse("run", "tiny", home=tmp_path).returncode == 0
+    assert report(tmp_path, "csv").read_bytes() == report(finished, "csv").read_bytes()
+
+
+def bad(tmp_path: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(text)
+    done = kfuse("run", str(recipe), *arguments, home=tmp_path / "home")
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    return done
+
+
+SMALL = """
+sources: {{a: {{path: {path}}}}}
+evaluate: {{suites: [tiny_text]}}
+reference: a
+"""
+
+
+def test_mistakes_in_the_recipe_are_exit_2(tmp_path: Path) -> None:
+    done = bad(tmp_path, SMALL.format(path="tiny:llama").replace("suites", "suits"))
+    assert done.returncode == 2
+    assert "evaluate.suits" in done.stderr
+    assert "(suites?)" in done.stderr
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "tiny:giant"])
+def test_a_missing_model_is_exit_1(tmp_path: Path, path: str) -> None:
+    done = bad(tmp_path, SMALL.format(path=path))
+    assert done.returncode == 1
+    assert path in done.stderr
+
+
+def test_truncated_models_are_exit_1_and_do_not_count(
+    tmp_path: Path, tiny: dict[str, Path]
+) -> None:
+    gguf = tmp_path / "cut.gguf"
+    gguf.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
+    done = bad(tmp_path, SMALL.format(path=gguf))
+    assert done.returncode == 1
+    assert "cut.gguf" in done.stderr
+    assert not list((tmp_path / "home").glob("models/*/manifest.json"))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny["llama"], folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    done = bad(tmp_path, SMALL.format(path=folder))
+    assert done.returncode == 1
+    assert "model" in done.stderr
+    assert "damaged" in done.stderr
+
+
+def test_a_small_corpus_and_a_broken_one_are_exit_1(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    text = (
+        SMALL.format(path="tiny:llama")
+        + f"corpus: {{path: {corpus}, blocks: 64, tokens: 100_000}}\n"
+        + "variants: {clm: {train: {init: a}}}\n"
+    )
+    corpus.write_text(json.dumps({"text": "too short"}) + "\n")
+    done = bad(tmp_path, text)
+    assert done.returncode == 1
+    assert "lower corpus.tokens" in done.stderr
+    assert "clm" in done.stdout
+    corpus.write_text("{broken\n")
+    assert "corpus.jsonl" in bad(tmp_path, text).stderr
+
+
+def test_no_space_left_is_exit_1(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(SMALL.format(path="tiny:llama"))
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"sys.argv = ['kfuse', 'run', {str(recipe)!r}]; from harness.cli import main; main()"
+    )
+    environment = os.environ | {"KFUSE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert not list((tmp_path / "home").glob("*/*/manifest.json"))
+
+
+def test_help_is_fast_and_teaches() -> None:
+    started = time.monotonic()
+    done = kfuse("--help", home=Path("unused"))
+    assert time.monotonic() - started < 1.5  # 0.2 s on an idle core; the promise is 0.5
+    for word in ("run", "build", "evaluate", "report", "list", "doctor", "quickstart"):
+        assert word in done.stdout
+
+
+def test_list_and_doctor(tmp_path: Path) -> None:
+    listed = kfuse("list", home=tmp_path).stdout
+    for word in ("min_ce", "linear", "packllm_sim", "bbh81", "2401.10491"):
+        assert word in listed
+    examined = kfuse("doctor", home=tmp_path).stdout
+    for word in ("memory", "devices", "hub", "sandbox", "torch"):
+        assert word in examined
