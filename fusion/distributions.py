@@ -29,7 +29,6 @@ from fusion.tokens import tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CAPTURE_VERSION = 1  # raise when the same model and blocks store other values
 HEAD_CHUNK = 256  # positions through the output head at once
 
 
@@ -127,7 +126,7 @@ def capture(
     progress: told the number of finished blocks.
     """
     path.mkdir(parents=True, exist_ok=True)
-    (path / "header.json").write_text(json.dumps(header | {"k": k, "version": CAPTURE_VERSION}))
+    (path / "header.json").write_text(json.dumps(header | {"k": k}))
     done = _read_index(path)
     with (path / "index.jsonl").open("w") as index:
         for entry in done:

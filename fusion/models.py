@@ -26,7 +26,6 @@ from fusion.errors import RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONVERTER_VERSION = 1  # raise when `convert_gguf` writes other weights for the same file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -129,7 +129,6 @@ class Machine(Section):
     micro_batch: int = operational(1, "blocks a forward pass when training", ge=1)
     gradient_checkpointing: bool = operational(False, "less memory, more time")
     checkpoint_every: int = operational(50, "optimizer steps between checkpoints", ge=1)
-    evaluate_processes: int = operational(1, "rows measured at once, sharing the cores", ge=1)
     processes: int = operational(1, "training processes on this machine, through torchrun", ge=1)
     deepspeed: str | None = operational(None, "a DeepSpeed config file")
     workers: int | None = operational(None, "processes that execute code; cores if not given")

@@ -33,7 +33,6 @@ from fusion.functions import Aligned, fused_block
 from fusion.losses import IGNORED, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet
 
-TRAINING_VERSION = 1  # raise when the same job trains to other weights
 LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "clm", "fusion", "coverage", "learning_rate")
 
 

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 from scipy import sparse
 from torch import Tensor
 
 from fusion.models import log_softmax, logits
 from fusion.tokens import tokenize
+from harness.caching import GrowingCache
 from harness.rules import ENSEMBLE_RULES
-from harness.scoring import Generation, GrowingCache, Pair, Scored, SharedPrefixLM, Stopper, alike
+from harness.scoring import LM, Generation, Instance, Pair, Scored, SharedPrefixLM, Stopper, alike
 
 MIXING = "probabilities: scoring by chunk between common token ends, generation by token"
 

@@ -26,34 +26,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
-from harness.plan import Plan, Step, definition_hash
+from harness.hashing import definition_hash
+from harness.plan import Plan, Step
 from harness.progress import bar, say
-from harness.store import finish, identity, read_manifest, world
+from harness.samples import append, columns, parts
+from harness.store import finish, identity, read_manifest
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 CHOICE_ITEMS = 64  # items whose log-likelihoods are written together
-
-_SAMPLES = pa.schema(
-    [
-        ("task", pa.string()),
-        ("doc_id", pa.int64()),
-        ("doc_hash", pa.string()),
-        ("prompt_hash", pa.string()),
-        ("cluster", pa.string()),
-        ("gold", pa.string()),
-        ("output_type", pa.string()),
-        ("choice_ll", pa.list_(pa.float64())),
-        ("choice_greedy", pa.list_(pa.bool_())),
-        ("choice_bytes", pa.list_(pa.int64())),
-        ("choice_chars", pa.list_(pa.int64())),
-        ("text_bytes", pa.int64()),
-        ("generation", pa.list_(pa.string())),
-        ("finish_reason", pa.list_(pa.string())),
-        ("prompt_tokens", pa.int64()),
-        ("generated_tokens", pa.int64()),
-    ]
-)
 
 
 @dataclass
@@ -178,7 +159,7 @@ def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
     folder = step.folder
     folder.mkdir(parents=True, exist_ok=True)
     started, before = time.monotonic(), lm.forward_tokens
-    done = set(zip(*_columns(folder, ["task", "doc_id"]), strict=True))
+    done = set(zip(*columns(folder, ["task", "doc_id"]), strict=True))
     waiting = [item for item in loaded.items if item.key not in done]
     label = f"{step.rows[0]} · {step.name}"
     if done:
@@ -186,7 +167,7 @@ def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
     with bar(label, len(waiting)) as progress:
         finished = 0
         for batch in _batches(waiting, getattr(lm, "members", [lm])[0].generate_rows):
-            _append(folder, [_record(item, *answer) for item, answer in _answer(lm, batch)])
+            append(folder, [_record(item, *answer) for item, answer in _answer(lm, batch)])
             finished += len(batch)
             progress(finished)
     cost = _cost(folder, time.monotonic() - started, lm.forward_tokens - before)
@@ -255,38 +236,6 @@ def _record(item: Item, answers: list, tokens: int) -> dict[str, Any]:
         "prompt_tokens": tokens,
         "generated_tokens": sum(a.tokens for a in answers) if generated else 0,
     }
-
-
-def parts(folder: Path) -> list[Path]:
-    """The record files of a run, in order; one that an interruption cut is removed."""
-    whole = []
-    for path in sorted(folder.glob("samples-*.parquet")):
-        try:
-            pq.read_metadata(path)
-            whole.append(path)
-        except (OSError, pa.ArrowInvalid):
-            path.unlink()
-    return whole
-
-
-def _append(folder: Path, records: list[dict[str, Any]]) -> None:
-    number = max((int(p.stem.split("-")[1]) for p in parts(folder)), default=-1) + 1
-    path = folder / f"samples-{number:05d}.parquet"
-    partial = folder / f".{path.name}"
-    try:
-        pq.write_table(pa.Table.from_pylist(records, schema=_SAMPLES), partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise world(error, path) from error
-
-
-def _columns(folder: Path, names: list[str]) -> list[list]:
-    tables = [pq.read_table(path, columns=names) for path in parts(folder)]
-    if not tables:
-        return [[] for _ in names]
-    table = pa.concat_tables(tables)
-    return [table[name].to_pylist() for name in names]
 
 
 def score(plan: Plan, step: Step, loaded: Loaded, cost: dict[str, float] | None = None) -> None:

@@ -1,121 +1,222 @@
-"""From stored generations to outcomes: put programs together, run them, say how each ended.
+"""From stored generations to outcomes: assemble programs, run them in the sandbox, judge the ends.
 
-A pure function of records, repeatable without the model. Before the first program, canaries run: a
-good one must pass, and a bad, a looping and an early-leaving one must fail in their own way, else
-every outcome is `infra`: a machine that cannot judge must not count as a model that cannot code.
+A function of records and problems that needs no model, so it can be repeated; for Python problems
+in the form of HumanEval (2107.03374). Before the first program canaries run: a good one must pass
+and a bad, a raising, a broken, a looping, a flooding and an early-leaving one must each fail in
+its own way, else every outcome is `infra`: a machine that cannot judge is not a model that cannot
+code.
 
-Outcomes: pass, wrong (a test failed), exception, compile, timeout, output_limit, infra.
+Outcomes: pass · wrong (an assertion failed) · exception (also memory, a crash, leaving before the
+tests end) · compile (no Python at all) · timeout · output_limit · infra (not judged: no score).
+Programs have the standard library alone, a fixed hash seed and a fixed seed of `random`. A program
+that looks for the judge in its own process can deceive it; one that does not try cannot.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from fusion.errors import RunError
-from harness.sandbox import Limits, Result, run
+from harness.sandbox import Limits, Outcome, interpreter, run
 
-_COMPILE = ("SyntaxError", "IndentationError", "TabError")
-_CANARIES = {
-    "pass": "def f(x):\n    return x + 1\n",
-    "wrong": "def f(x):\n    return x\n",
-    "timeout": "def f(x):\n    while True:\n        pass\n",
-    "exception": "import os\nos._exit(0)\n",
+log = logging.getLogger(__name__)
+
+OUTCOMES = ("pass", "wrong", "exception", "compile", "timeout", "output_limit", "infra")
+WRONG, EXCEPTION, COMPILE = 101, 102, 103  # exit statuses of the judge
+
+# Runs inside the sandbox. As in the published harness, the program runs in an empty namespace, so
+# a `__main__` block does not. Leaving by os._exit ends what the program left running, too.
+JUDGE = f"""
+import os, random, sys
+with open("nonce") as file:
+    nonce = file.read()
+os.unlink("nonce")
+with open("program.py", encoding="utf-8") as file:
+    source = file.read()
+random.seed(0)
+leave, write = os._exit, os.write  # kept, should the program change its modules
+sys.path[:] = [p for p in sys.path if not p.endswith(("site-packages", "dist-packages"))]
+try:
+    code = compile(source, "program.py", "exec")
+except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+    write(2, repr(error).encode(errors="replace"))
+    leave({COMPILE})
+try:
+    exec(code, {{}})
+except BaseException as error:
+    ended = {WRONG} if isinstance(error, AssertionError) else {EXCEPTION}
+    try:
+        write(2, repr(error).encode(errors="replace"))
+    finally:
+        leave(ended)
+try:
+    sys.stdout.flush()
+    sys.__stdout__.flush()
+except BaseException:
+    pass
+write(1, b"\\n" + nonce.encode() + b"\\n")
+leave(0)
+"""
+
+_DOCUMENT = {
+    "prompt": "def successor(number):\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(-1) == 0\n",
+    "entry_point": "successor",
 }
-_TEST = "def check(candidate):\n    assert candidate(1) == 2\n"
-
-
-def program(prompt: str, completion: str, test: str, entry_point: str, nonce: str) -> str:
-    """A completion with its tests; the nonce is printed only after every test has passed.
-
-    Relative to the published harness (HumanEval, 2107.03374): there a program that leaves early
-    with code 0 passes.
-    """
-    return f"{prompt}{completion}\n\n{test}\n\ncheck({entry_point})\nprint({nonce!r})\n"
-
-
-def outcome(result: Result, nonce: str) -> str:
-    """How a program ended, in one word."""
-    if result.status in ("timeout", "output_limit"):
-        return result.status
-    lines = result.output.strip().splitlines()
-    last = lines[-1] if lines else ""
-    if result.status == "exited" and result.returncode == 0 and last == nonce:
-        return "pass"
-    name = last.split(":")[0].split(".")[-1]
-    if name in _COMPILE:
-        return "compile"
-    return "wrong" if name == "AssertionError" else "exception"
-
-
-def judge(completion: str, document: Mapping[str, Any], limits: Limits) -> str:
-    """Run one completion against its problem's tests."""
-    # A nonce of its own for each program: it cannot be known, and an assertion cannot contain it.
-    nonce = secrets.token_hex(16)
-    text = program(document["prompt"], completion, document["test"], document["entry_point"], nonce)
-    interpreter = str(Path(sys.executable).resolve())
-    result = run([interpreter, "-I", "-S", "main.py"], {"main.py": text}, limits)
-    return outcome(result, nonce)
-
-
-@cache
-def canaries(limits: Limits) -> str | None:
-    """None if this machine judges rightly, else what it got wrong."""
-    for expected, body in _CANARIES.items():
-        document = {"prompt": "", "test": _TEST, "entry_point": "f"}
-        short = Limits(seconds=min(2.0, limits.seconds)) if expected == "timeout" else limits
-        found = judge(body, document, short)
-        if found != expected:
-            return f"the canary that must end as '{expected}' ended as '{found}'"
-    return None
+CANARIES = (
+    ("    return number + 1\n", "pass"),
+    ("    return number\n", "wrong"),
+    ("    return nothing\n", "exception"),
+    ("    return (\n", "compile"),
+    ("    while True:\n        pass\n", "timeout"),
+    ("    while True:\n        print('x' * 9999)\n", "output_limit"),
+    ("    raise SystemExit(0)\n", "exception"),
+    ("    import os\n    os._exit(0)\n", "exception"),
+)
 
 
 def execute(
-    programs: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     *,
     allow: bool,
     workers: int | None = None,
     limits: Limits | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The outcome of each record's first generation, in order; timeouts get a second try alone.
+    """The outcome of each record's first generation, in the order of the records: pass@1.
 
-    programs: records with `generation` and the problem as `doc` (prompt, test, entry_point).
-    RunError unless allowed.
+    records: `generation`, a list of completions, and `doc`, with prompt, test and entry_point.
+    The other arguments and errors are those of `execute_samples`.
     """
-    if not allow:
-        raise RunError("generated code is only executed if the recipe allows it")
+    first = [{**record, "generation": record["generation"][:1]} for record in records]
+    found = execute_samples(first, allow=allow, workers=workers, limits=limits, progress=progress)
+    return [outcomes[0] if outcomes else "infra" for outcomes in found]
+
+
+def execute_samples(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    allow: bool,
+    workers: int | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[str]]:
+    """The outcome of every generation of every record.
+
+    allow: the recipe's consent. workers: the machine's cores by default; changes no outcome but for
+    programs at the edge of a limit, so timeouts are run once more, alone. progress: called with the
+    number done. RunError without consent, or if a record lacks a part.
+    """
+    if allow is not True:
+        raise RunError(
+            "generated code was not executed: that needs `evaluate.allow_code_execution: true` in "
+            "the recipe"
+        )
+    _check(records)
     limits = limits or Limits()
-    wrong = canaries(limits)
-    if wrong:
-        return ["infra"] * len(programs)
-    done = 0
-    found: list[str] = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for result in pool.map(lambda p: judge(p["generation"][0], p["doc"], limits), programs):
-            found.append(result)
-            done += 1
-            progress(done)
-    for number, result in enumerate(found):
-        if result == "timeout":
-            found[number] = judge(
-                programs[number]["generation"][0], programs[number]["doc"], limits
+    programs = [(g, record["doc"]) for record in records for g in record["generation"]]
+    if not programs:
+        return [[] for _ in records]
+    if reason := unfit():
+        log.warning("no program was judged: %s", reason)
+        return [["infra"] * len(record["generation"]) for record in records]
+    found = iter(_run(programs, limits, workers or os.cpu_count() or 1, progress))
+    return [[next(found) for _ in record["generation"]] for record in records]
+
+
+def _check(records: Sequence[Mapping[str, Any]]) -> None:
+    for number, record in enumerate(records):
+        lacking = [name for name in ("generation", "doc") if name not in record]
+        if not lacking:
+            lacking = [f"doc.{n}" for n in _DOCUMENT if not isinstance(record["doc"].get(n), str)]
+        if lacking:
+            raise RunError(
+                f"record {number} cannot be executed: it lacks {', '.join(lacking)}; needed are "
+                "generation and doc with prompt, test and entry_point"
             )
+
+
+def _run(
+    programs: Sequence[tuple[str, Mapping[str, Any]]],
+    limits: Limits,
+    workers: int,
+    progress: Callable[[int], None] | None,
+) -> list[str]:
+    found = ["infra"] * len(programs)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = {pool.submit(judge, *p, limits): number for number, p in enumerate(programs)}
+        for done, future in enumerate(as_completed(waiting), start=1):
+            found[waiting[future]] = future.result()
+            if progress:
+                progress(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for number, program in enumerate(programs):
+        if found[number] == "timeout":
+            found[number] = judge(*program, limits)
     return found
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of them right, hold a right one: 1 − C(n−c, k) / C(n, k).
+def judge(completion: str, document: Mapping[str, Any], limits: Limits) -> str:
+    """Run one completion against its problem's tests; one of OUTCOMES."""
+    nonce = secrets.token_hex(16)
+    program = assemble(completion, document)
+    files: dict[str, str | bytes] = {"judge.py": JUDGE, "program.py": program, "nonce": nonce}
+    command = [interpreter(), "-P", "-s", "-B", "judge.py"]
+    return verdict(run(command, files, limits, environment={"PYTHONHASHSEED": "0"}), nonce)
 
-    Unbiased (2107.03374, equation 1). ValueError unless 0 ≤ c ≤ n and 1 ≤ k ≤ n.
+
+def assemble(completion: str, document: Mapping[str, Any]) -> bytes:
+    """The program of one completion: its head, itself, the tests, and the call of the tests."""
+    parts = document["prompt"] + completion, document["test"], f"check({document['entry_point']})"
+    return ("\n".join(parts) + "\n").encode(errors="replace")
+
+
+def verdict(outcome: Outcome, nonce: str) -> str:
+    """The word for how a program ended; to pass it must have printed the nonce last of all.
+
+    Relative to the published harness: there a program that leaves early with status 0 passes.
     """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}")
+    if outcome.ending in ("timeout", "output_limit", "infra"):
+        return outcome.ending
+    if outcome.ending != "exit":
+        return "exception"
+    if outcome.code == 0 and outcome.stdout.endswith(f"\n{nonce}\n"):
+        return "pass"
+    return {WRONG: "wrong", COMPILE: "compile"}.get(outcome.code, "exception")
+
+
+@lru_cache(maxsize=1)
+def unfit() -> str | None:
+    """Why this machine cannot judge Python programs, or None if all canaries end as they must."""
+    usual = Limits()
+    short = replace(usual, cpu_seconds=1, wall_seconds=6.0)
+    for body, expected in CANARIES:
+        try:
+            found = judge(body, _DOCUMENT, short if expected == "timeout" else usual)
+        except (OSError, RunError) as error:
+            return f"the sandbox cannot run a program: {error}"
+        if found != expected:
+            return f"the canary that must end as '{expected}' ended as '{found}':\n{body}"
+    return None
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k samples drawn from n, of which c are right, hold a right one.
+
+        pass@k = 1 − C(n − c, k) / C(n, k)
+
+    Unbiased (2107.03374, equation 1), exact in integers. ValueError unless 0 ≤ c ≤ n and 1 ≤ k ≤ n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {c} right ones in {n} samples: needs 0 ≤ c ≤ n, 1 ≤ k ≤ n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)

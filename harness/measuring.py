@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from scipy import sparse
@@ -20,7 +15,6 @@ from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, load, measure
 from harness.plan import Plan, Step, inputs, suite_of, tokenizer_identity
 from harness.progress import say
-from harness.recipe import Loaded as LoadedRecipe
 from harness.scoring import SharedPrefixLM
 from harness.store import write_json
 
@@ -127,25 +121,3 @@ def failures(todo: Mapping[str, Sequence[Step]]) -> dict[str, str]:
                     step.failure or "not measured: the process ended early"
                 )
     return found
-
-
-def measure_apart(
-    loaded: LoadedRecipe, plan: Plan, todo: Mapping[str, Sequence[Step]]
-) -> dict[str, str]:
-    """Measure rows in processes of their own, several at once, which share the cores."""
-    processes = plan.recipe.machine.evaluate_processes
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": paths}
-    overrides = [*loaded.overrides, "machine.evaluate_processes=1"]
-
-    def one(row: str) -> None:
-        command = [sys.executable, "-m", "harness.cli", "evaluate", loaded.path, *overrides]
-        subprocess.run([*command, "--only", row], env=environment, stdin=subprocess.DEVNULL)
-
-    # Ensembles take longest and go first, so that the last process does not work alone.
-    order = sorted(todo, key=lambda row: plan.folders[row] is not None)
-    with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(one, order))
-    return failures(todo)

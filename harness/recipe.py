@@ -8,10 +8,9 @@ meaning to (fusion functions, merge methods, ensemble rules, suites) are checked
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,10 +20,9 @@ from pydantic import Field, ValidationError
 
 from fusion.errors import RecipeError
 from fusion.spec import Corpus, Dtype, Machine, Section, Source, Variant
-from tasks.suite import known_suites, load_suite
+from harness.checks import close, methods, names, references, suites
 
 BUNDLED = Path(__file__).parent / "recipes"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@=,+\[\]-]*")
 
 
 class Evaluate(Section):
@@ -67,7 +65,6 @@ class Loaded:
     """A recipe as read: its name, text, overrides as passed, and content."""
 
     name: str
-    path: str
     text: str
     overrides: tuple[str, ...]
     recipe: Recipe
@@ -108,17 +105,17 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Loaded:
     if not path.exists() and (BUNDLED / f"{reference}.yaml").exists():
         path = BUNDLED / f"{reference}.yaml"
     if not path.is_file():
-        close = _close(reference, bundled())
+        hint = close(reference, bundled())
         raise RecipeError(
             f"{reference}: no such file, and no recipe of that name; bundled: "
-            f"{', '.join(bundled())}{close}"
+            f"{', '.join(bundled())}{hint}"
         )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text ({error.reason})") from error
     recipe = parse(text, str(path), overrides)
-    return Loaded(path.stem, str(path.absolute()), text, tuple(overrides), recipe)
+    return Loaded(path.stem, text, tuple(overrides), recipe)
 
 
 def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -138,7 +135,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems += [_explain(e, raw) for e in error.errors()]
-    problems += [*_names(raw), *_references(raw), *_methods(raw), *_suites(raw)]
+    problems += [*names(raw), *references(raw), *methods(raw), *suites(raw)]
     if problems or recipe is None:
         unique = dict.fromkeys(problems)
         width = max(len(path) for path, _ in unique)
@@ -161,7 +158,7 @@ def _apply(raw: dict, override: str, problems: list[tuple[str, str]]) -> None:
         return
     rows = raw.get(keys[0]) if keys[0] in ("sources", "variants") and len(keys) > 1 else None
     if isinstance(rows, dict) and keys[1] not in rows:
-        hint = _close(keys[1], [str(row) for row in rows])
+        hint = close(keys[1], [str(row) for row in rows])
         problems.append((".".join(keys[:2]), f"no such row to override{hint}"))
         return
     at: Any = raw
@@ -235,7 +232,7 @@ def _explain(error: Any, raw: dict) -> tuple[str, str]:
         model = _model_at(location[:-1])
         allowed = _keys(model) if model else []
         extra = ["matrix"] if model is Variant else []
-        hint = _close(str(location[-1]), [*allowed, *extra])
+        hint = close(str(location[-1]), [*allowed, *extra])
         return path, f"unknown key; allowed: {', '.join([*allowed, *extra])}{hint}"
     if kind == "missing":
         model = _model_at(location[:-1])
@@ -248,152 +245,6 @@ def _explain(error: Any, raw: dict) -> tuple[str, str]:
         found if isinstance(found, (str, int, float, bool, type(None))) else type(found).__name__
     )
     return path, f"{shown!r} is not right; should be {message}"
-
-
-def _variants(raw: Mapping) -> Iterator[tuple[str, str, dict]]:
-    variants = raw.get("variants")
-    for name, variant in variants.items() if isinstance(variants, dict) else ():
-        for kind in ("train", "merge", "ensemble"):
-            if isinstance(variant, dict) and isinstance(variant.get(kind), dict):
-                yield str(name), kind, variant[kind]
-
-
-def _names(raw: Mapping) -> Iterator[tuple[str, str]]:
-    sources = raw.get("sources") if isinstance(raw.get("sources"), dict) else {}
-    variants = raw.get("variants") if isinstance(raw.get("variants"), dict) else {}
-    for section, names in (("sources", sources), ("variants", variants)):
-        for name in names:
-            if not isinstance(name, str) or not NAME.fullmatch(name):
-                yield f"{section}.{name}", "a row's name is letters, digits and _ . - @"
-    for name in variants:
-        if name in sources:
-            yield f"variants.{name}", "a source has this name already"
-        kinds = [k for k in ("train", "merge", "ensemble") if (variants[name] or {}).get(k)]
-        if isinstance(variants[name], dict) and len(kinds) != 1:
-            yield f"variants.{name}", "needs exactly one of train, merge, ensemble"
-    if not isinstance(raw.get("corpus"), dict) and any(k == "train" for _, k, _ in _variants(raw)):
-        yield "corpus", "missing: a trained variant needs one"
-
-
-def _references(raw: Mapping) -> Iterator[tuple[str, str]]:
-    """Rows that are named but not there, and variants that need themselves."""
-    sources = list(raw["sources"]) if isinstance(raw.get("sources"), dict) else []
-    variants = list(raw["variants"]) if isinstance(raw.get("variants"), dict) else []
-    needs: dict[str, list[str]] = {}
-
-    def check(path: str, value: Any, known: list[str]) -> Iterator[tuple[str, str]]:
-        if isinstance(value, str) and value not in known:
-            yield path, f"'{value}' is no row here; rows: {', '.join(known)}{_close(value, known)}"
-
-    for name, kind, section in _variants(raw):
-        at = f"variants.{name}.{kind}"
-        fuse = section.get("fuse") if isinstance(section.get("fuse"), dict) else {}
-        named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base")]
-        for key in ("inputs", "members"):
-            listed = section.get(key) if isinstance(section.get(key), list) else []
-            named += [(f"{at}.{key}[{i}]", value) for i, value in enumerate(listed)]
-        listed = fuse.get("sources") if isinstance(fuse.get("sources"), list) else []
-        named += [(f"{at}.fuse.sources[{i}]", value) for i, value in enumerate(listed)]
-        for path, value in named:
-            yield from check(path, value, [*sources, *variants])
-        needs[name] = [value for _, value in named if value in variants]
-    yield from check("reference", raw.get("reference"), [*sources, *variants])
-    ensembles = {name for name, kind, _ in _variants(raw) if kind == "ensemble"}
-    for name, wanted in needs.items():
-        if name in _reach(name, needs):
-            yield f"variants.{name}", "needs itself through its inputs"
-        yield from (
-            (f"variants.{name}", f"'{other}' is an ensemble: it has no weights to build on")
-            for other in wanted
-            if other in ensembles
-        )
-
-
-def _reach(name: str, needs: Mapping[str, Sequence[str]]) -> set[str]:
-    found: set[str] = set()
-    waiting = list(needs.get(name, ()))
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting += needs.get(current, ())
-    return found
-
-
-def _methods(raw: Mapping) -> Iterator[tuple[str, str]]:
-    """Names and parameters of fusion functions, vocabulary maps, merge methods, ensemble rules."""
-    for name, kind, section in _variants(raw):
-        at = f"variants.{name}.{kind}"
-        if kind == "train" and isinstance(section.get("fuse"), dict):
-            from fusion.functions import FUSION_FUNCTIONS, parameters
-            from fusion.vocabulary import VOCABULARY_MAPS
-
-            fuse = section["fuse"]
-            yield from _method(
-                f"{at}.fuse.function", fuse, "function", FUSION_FUNCTIONS, parameters
-            )
-            yield from _method(f"{at}.fuse.vocabulary", fuse, "vocabulary", VOCABULARY_MAPS, None)
-        elif kind == "merge":
-            from fusion.merging import MERGE_METHODS, needs_base
-            from fusion.merging import parameters as merge_parameters
-
-            yield from _method(f"{at}.method", section, "method", MERGE_METHODS, merge_parameters)
-            method = section.get("method")
-            if method in MERGE_METHODS and needs_base(method) and not section.get("base"):
-                yield f"{at}.base", f"missing: '{method}' works on changes against a base"
-        elif kind == "ensemble":
-            from harness.rules import ENSEMBLE_RULES
-            from harness.rules import parameters as rule_parameters
-
-            yield from _method(f"{at}.rule", section, "rule", ENSEMBLE_RULES, rule_parameters)
-
-
-def _method(
-    path: str, section: Mapping, key: str, known: Mapping[str, Any], parameters: Any
-) -> Iterator[tuple[str, str]]:
-    name = section.get(key)
-    if not isinstance(name, str):
-        return
-    if name not in known:
-        yield path, f"'{name}' is unknown; known: {', '.join(known)}{_close(name, list(known))}"
-        return
-    given = section.get("parameters")
-    if parameters is None or not isinstance(given, dict):
-        return
-    allowed = list(parameters(name))
-    for parameter in given:
-        if parameter not in allowed:
-            listed = ", ".join(allowed) or "none"
-            yield (
-                f"{path.rpartition('.')[0]}.parameters.{parameter}",
-                f"'{name}' has no such parameter; allowed: {listed}{_close(parameter, allowed)}",
-            )
-
-
-def _suites(raw: Mapping) -> Iterator[tuple[str, str]]:
-    evaluate = raw.get("evaluate") if isinstance(raw.get("evaluate"), dict) else {}
-    suites = evaluate.get("suites") if isinstance(evaluate.get("suites"), list) else []
-    for index, suite in enumerate(suites):
-        if not isinstance(suite, str) or suite.startswith("lm_eval:"):
-            continue
-        try:
-            load_suite(suite)
-        except ValueError as error:
-            yield f"evaluate.suites[{index}]", str(error)
-    limit = evaluate.get("limit")
-    for suite, count in limit.items() if isinstance(limit, dict) else ():
-        if suite not in suites:
-            known = ", ".join(map(str, suites))
-            yield f"evaluate.limit.{suite}", f"not among evaluate.suites: {known}"
-        elif isinstance(count, int) and count < 1:
-            yield f"evaluate.limit.{suite}", f"{count} is not right; should be at least 1"
-    if isinstance(limit, int) and limit < 1:
-        yield "evaluate.limit", f"{limit} is not right; should be at least 1"
-
-
-def _close(word: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f" ({match[0]}?)" if match else ""
 
 
 def schema() -> dict[str, Any]:
@@ -409,6 +260,3 @@ def schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "kfuse recipe",
     }
-
-
-__all__ = ["Loaded", "Recipe", "bundled", "known_suites", "load", "parse", "schema"]

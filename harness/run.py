@@ -35,7 +35,7 @@ def run(
     if "build" in stages and any(step.kind != "evaluate" for step in waiting):
         planned, reasons = _build(loaded, planned, rows)
     if "evaluate" in stages:
-        reasons |= _evaluate(loaded, planned, rows, reasons)
+        reasons |= _evaluate(planned, rows, reasons)
     code = 1 if reasons else 0
     if "report" in stages:
         from harness.report import write
@@ -93,18 +93,14 @@ def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, di
     return planned, reasons | build(planned, rows)
 
 
-def _evaluate(
-    loaded: Loaded, planned: Plan, rows: Sequence[str], reasons: dict[str, str]
-) -> dict[str, str]:
+def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> dict[str, str]:
     """Measure what is built; reasons by "row/suite" for what could not be."""
     todo = {row: pending(planned, [row], ("evaluate",)) for row in rows if row not in reasons}
     todo = {row: steps for row, steps in todo.items() if steps}
     if not todo:
         return {}
-    from harness.measuring import measure_apart, measure_rows
+    from harness.measuring import measure_rows
 
-    if planned.recipe.machine.evaluate_processes > 1 and len(todo) > 1:
-        return measure_apart(loaded, planned, todo)
     return measure_rows(planned, todo)
 
 

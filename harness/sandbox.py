@@ -1,187 +1,330 @@
 """Run a program that nobody has read: in a child process, in an empty folder, with hard limits.
 
-Two tiers, recorded with every outcome. "namespace": own user, process, mount, network and IPC
-namespaces, so no network and no sight of other processes; folders with personal content are covered
-by empty ones and the rest of the file system is read-only. "process": limits only, where the system
-allows no namespaces. In both: a fresh folder that is removed afterwards, no inherited environment,
-standard input closed, limits on time, memory, processes, file size and output, and everything that
-was started is killed at the end.
+Two tiers, recorded with every outcome; the strongest that works is found once, by trying.
+"namespace" (Linux 5.12 or newer): own user, process, mount, network and IPC namespaces. No
+network, no sight of other processes, a root that holds a read-only toolchain and one small
+writable folder in memory, a user that owns nothing, no capabilities, nothing left alive at the
+end. "process": only what an ordinary process can give up. In both: a fresh folder that is gone
+afterwards, no inherited environment, standard input closed, limits on wall and processor time,
+memory, processes, files and output.
 
-Not protected, in either tier: the kernel itself (no seccomp filter), reading of world-readable
-files
-that are not covered, and in the process tier also the network and other files of the same user.
+Not protected, and as important. In either tier: the kernel itself, as no system call is filtered;
+side channels; what is readable in the toolchain's folders (/usr and the interpreter's). The memory
+of several processes together is sampled, so a short peak can exceed the limit. In the process tier
+also: the network; whatever this user may read or write, which includes this program's environment
+in /proc and, for root, the machine; this program's life; the disk, but for the size of one file; a
+fork bomb of root; and a process that first kills its watcher and then leaves its session lives on.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import resource
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
-_COVERED = ("/home", "/root", "/tmp", "/var/tmp", "/mnt", "/media", "/srv", "/run", "/dev/shm")
+from fusion.errors import RunError
+
+Ending = Literal["exit", "signal", "timeout", "memory", "output_limit", "infra"]
+
+ENCLOSURE = Path(__file__).with_name("enclosure.py")
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
+GRACE = 5.0  # seconds that building and leaving the enclosure may take on a busy machine
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/nix/store")
+SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a program may use. seconds: wall time; cpu_seconds; bytes; counts."""
+    """What a program may use; what is beyond ends it, or fails in it."""
 
-    seconds: float = 10.0
-    memory_bytes: int = 1 << 30
-    file_bytes: int = 16 << 20
-    output_bytes: int = 1 << 20
-    processes: int = 32
-    open_files: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a program ended. status: exited, timeout or output_limit; output: both streams."""
-
-    status: str
-    returncode: int
-    output: str
-    seconds: float
-    tier: str
+    wall_seconds: float = 12.0
+    cpu_seconds: int = 5  # of one process; whole seconds, as the kernel counts
+    memory_bytes: int = 2 << 30  # address space of a process; in namespaces, resident memory of all
+    limit_address_space: bool = (
+        True  # False for JVM, Node and Go, which reserve far more than they use
+    )
+    processes: int = 32  # with threads
+    file_bytes: int = 16 << 20  # one file
+    disk_bytes: int = 64 << 20  # all files; namespace tier only
+    open_files: int = 256
+    output_bytes: int = 1 << 20  # both streams together
 
 
-@cache
-def tier() -> str:
-    """The strongest tier that works here: namespace or process."""
-    if not sys.platform.startswith("linux") or not shutil.which("unshare"):
-        return "process"
-    probe = [*_unshare(), sys.executable, "-c", "pass"]
-    try:
-        done = subprocess.run(probe, capture_output=True, timeout=20, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return "process"
-    return "namespace" if done.returncode == 0 else "process"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tier:
+    """How programs are shut in on this machine, and why not better."""
+
+    name: Literal["namespace", "process"]
+    drop: bool = False  # process tier: run by root, become a user that owns nothing
+    reason: str = ""
 
 
-def describe() -> str:
-    """The tier in words, for `kfuse doctor`."""
-    if tier() == "namespace":
-        return "namespaces: no network, own processes, files read-only or covered"
-    return "process limits only: generated code keeps the network and this user's files"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a program ended.
 
-
-def _unshare() -> list[str]:
-    flags = ["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount"]
-    return ["unshare", *flags, "--mount-proc", "--net", "--ipc", "--uts", "--"]
-
-
-def _inside(command: Sequence[str], folder: str) -> list[str]:
-    """A shell line that closes the file system before it becomes the program."""
-    python = {str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix)}
-    keep = [p for p in python if p.startswith(_COVERED)]
-    lines = ["set -e", "mkdir -p /proc/self/fd >/dev/null 2>&1 || true"]
-    hold = f"{folder}/.hold"
-    # What must stay visible under a covered folder is held aside and bound back.
-    lines += [f"mkdir -p {hold}", f"mount -t tmpfs -o size=1m tmpfs {hold}"]
-    for number, path in enumerate([*keep, folder + "/work"]):
-        lines += [f"mkdir {hold}/{number}", f"mount --rbind {path} {hold}/{number}"]
-    lines += [f"mkdir {hold}/root"]
-    covered = [p for p in _COVERED if os.path.isdir(p)]
-    lines += ["mount --make-rprivate / 2>/dev/null || true"]
-    lines += [f"exec 3< {hold}"]
-    for path in covered:
-        lines.append(f"mount -t tmpfs -o size=1m tmpfs {path}")
-    for number, path in enumerate([*keep, folder + "/work"]):
-        lines += [f"mkdir -p {path}", f"mount --rbind /proc/self/fd/3/{number} {path}"]
-    program = " ".join(_quote(part) for part in command)
-    lines += ["exec 3<&-", "mount -o remount,bind,ro / 2>/dev/null || true"]
-    lines += [f"cd {folder}/work", f"exec setpriv --no-new-privs {program}"]
-    return ["sh", "-c", "\n".join(lines)]
-
-
-def _quote(part: str) -> str:
-    return "'" + part.replace("'", "'\\''") + "'"
-
-
-def _limit(limits: Limits) -> None:
-    cpu = int(limits.seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits.open_files, limits.open_files))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def run(command: Sequence[str], files: Mapping[str, str], limits: Limits) -> Result:
-    """Run a command over some files in a folder of its own; never raises for what it does.
-
-    files: name to content, written before. The folder is gone afterwards.
+    code: exit status for "exit", signal number for "signal", else -1. The streams are cut at the
+    output limit. seconds are of wall time; cpu_seconds is 0 where the program had to be killed.
     """
-    used = tier()
-    folder = tempfile.mkdtemp(prefix="kfuse-")
-    work = Path(folder, "work")
-    work.mkdir()
-    for name, content in files.items():
-        (work / name).write_text(content)
-    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(work)}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
-    full = [*_unshare(), *_inside(command, folder)] if used == "namespace" else list(command)
-    started = time.monotonic()
-    with Path(folder, "output").open("wb+") as output:
-        process = subprocess.Popen(
-            full,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=work,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: _limit(limits),
-        )
-        status = _watch(process, output, limits, started)
-        _kill(process)
-        output.seek(0)
-        text = output.read(limits.output_bytes).decode(errors="replace")
-    shutil.rmtree(folder, ignore_errors=True)
-    return Result(status, process.returncode or 0, text, time.monotonic() - started, used)
+
+    ending: Ending
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+    cpu_seconds: float
+    tier: str
+    reason: str
 
 
-def _watch(process: subprocess.Popen, output: object, limits: Limits, started: float) -> str:
-    """Wait for the end, or for a limit that the system does not hold by itself."""
-    import psutil
+def run(
+    command: Sequence[str],
+    files: Mapping[str, str | bytes],
+    limits: Limits,
+    *,
+    environment: Mapping[str, str] | None = None,
+    tier: Tier | None = None,
+) -> Outcome:
+    """Run a command in a folder that holds `files` and nothing else; never raises for what it does.
 
-    pause = 0.002
-    while process.poll() is None:
-        if time.monotonic() - started > limits.seconds:
-            return "timeout"
-        if os.fstat(output.fileno()).st_size >= limits.output_bytes:  # type: ignore[attr-defined]
-            return "output_limit"
-        if pause > 0.02:
-            try:
-                if len(psutil.Process(process.pid).children(recursive=True)) > limits.processes:
-                    return "processes"
-            except psutil.Error:
-                continue
-        time.sleep(pause)
-        pause = min(0.05, pause * 1.5)
-    full = os.fstat(output.fileno()).st_size >= limits.output_bytes  # type: ignore[attr-defined]
-    return "output_limit" if full else "exited"
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End everything that was started: the session, and with it the process namespace."""
-    import psutil
-
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.Error:
-        family = []
-    for end in (lambda: os.killpg(process.pid, signal.SIGKILL), *(p.kill for p in family)):
+    files: relative names with content, folders are made. environment: beyond PATH, LANG and HOME.
+    tier: the strongest found, unless given. ValueError if a file's name leads out of the folder.
+    """
+    tier = tier or strongest()
+    capture = _Capture()
+    with _folder(files) as folder:
+        read, report = os.pipe()
+        job = _job(command, files, limits, environment or {}, tier, folder, report)
         try:
-            end()
-        except (ProcessLookupError, PermissionError, psutil.Error):
+            process = subprocess.Popen(
+                [interpreter(), "-I", "-S", str(ENCLOSURE), json.dumps(job)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env={},
+                start_new_session=True,
+                pass_fds=(report,),
+            )
+        except OSError as error:
+            os.close(read)
+            return capture.outcome(tier, limits, f"cannot start: {error}")
+        finally:
+            os.close(report)
+        with os.fdopen(read, "rb", buffering=0) as reports:
+            try:
+                capture.watch(process, reports.fileno(), limits)
+            finally:
+                _end(process, reports.fileno(), capture)
+    return capture.outcome(tier, limits)
+
+
+def interpreter() -> str:
+    """The Python that runs this, without its virtual environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@lru_cache(maxsize=1)
+def strongest() -> Tier:
+    """The strongest tier that works here, tried in order. RunError if not even a process runs."""
+    as_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    options = [Tier(name="namespace")] if sys.platform == "linux" else []
+    options += [Tier(name="process", drop=True)] if as_root else []
+    reasons = [] if sys.platform == "linux" else [f"{sys.platform} has no namespaces"]
+    for option in [*options, Tier(name="process")]:
+        found = run([interpreter(), "-I", "-S", "-c", "print(6 * 7)"], {}, Limits(), tier=option)
+        if found.ending == "exit" and found.stdout == "42\n":
+            return Tier(name=option.name, drop=option.drop, reason="; ".join(reasons))
+        reasons.append(found.reason or found.stderr.strip() or found.ending)
+    raise RunError(f"no program can be run in the sandbox here: {'; '.join(reasons)}")
+
+
+def describe(tier: Tier | None = None) -> str:
+    """The tier of this machine in a line, for `kfuse doctor`."""
+    tier = tier or strongest()
+    if tier.name == "namespace":
+        return "namespaces: no network, own processes, own files; the kernel is shared"
+    kept = "this machine's readable files" if tier.drop else "all files of this user"
+    if os.geteuid() == 0 and not tier.drop:
+        kept += ", who is root: do not run code that you would not run yourself"
+    return f"process limits only: programs keep the network and {kept} ({tier.reason})"
+
+
+@contextmanager
+def _folder(files: Mapping[str, str | bytes]) -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="kfuse-sandbox-")
+    try:
+        for name, content in files.items():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.parts:
+                raise ValueError(f"'{name}' is no name of a file inside the program's folder")
+            target = Path(folder, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder whose permissions the program may have taken away; no link is followed."""
+    folders = [folder]
+    for place in folders:
+        with suppress(OSError):
+            os.chmod(place, 0o700)
+            folders += [e.path for e in os.scandir(place) if e.is_dir(follow_symlinks=False)]
+    with suppress(RecursionError):  # a hostile depth is litter, not an error of the measurement
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _job(
+    command: Sequence[str],
+    files: Mapping[str, str | bytes],
+    limits: Limits,
+    environment: Mapping[str, str],
+    tier: Tier,
+    folder: str,
+    report: int,
+) -> dict[str, Any]:
+    """What `enclosure.py` is told."""
+    namespaces = tier.name == "namespace"
+    home = "/tmp" if namespaces else folder
+    allowed = limits.processes
+    if not namespaces and not tier.drop:
+        allowed += _threads()  # the system counts all of this user's
+    return {
+        "command": list(command),
+        "environment": {**ENVIRONMENT, "HOME": home, "TMPDIR": home, **environment},
+        "files": list(files),
+        "folder": folder,
+        "report": report,
+        "namespaces": namespaces,
+        "drop": tier.drop,
+        "visible": _visible(),
+        **asdict(limits),
+        "processes": allowed,
+        "memory_bytes_watched": limits.memory_bytes if namespaces else None,
+    }
+
+
+def _visible() -> list[str]:
+    """What a program sees of this machine's files: the system's programs and this interpreter."""
+    prefix = os.path.realpath(sys.base_prefix)
+    own = [interpreter(), *(f"{prefix}/{part}" for part in ("lib", "lib64"))]
+    covered = tuple(f"{path}/" for path in SYSTEM)
+    return [*SYSTEM, *SETTINGS, *(path for path in own if not path.startswith(covered))]
+
+
+def _threads() -> int:
+    """Threads of this user on this machine, 0 where the system does not list them."""
+    total = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if entry.stat().st_uid == os.getuid():
+                total += len(os.listdir(entry / "task"))
+        except OSError:
             continue
+    return total
+
+
+class _Capture:
+    """What came out of a program so far, and how it ended."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, bytearray] = {
+            name: bytearray() for name in ("stdout", "stderr", "report")
+        }
+        self.stopped: tuple[Ending, str] | None = None
+
+    def watch(self, process: subprocess.Popen[bytes], report: int, limits: Limits) -> None:
+        """Read until all is closed, a limit is reached, or the enclosure is gone."""
+        assert process.stdout is not None
+        assert process.stderr is not None
+        backstop = time.monotonic() + limits.wall_seconds + GRACE
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout.fileno(), selectors.EVENT_READ, "stdout")
+            selector.register(process.stderr.fileno(), selectors.EVENT_READ, "stderr")
+            selector.register(report, selectors.EVENT_READ, "report")
+            while selector.get_map():
+                ready = selector.select(max(0.0, backstop - time.monotonic()))
+                if not ready:
+                    return
+                for key, _ in ready:
+                    data = os.read(key.fd, 1 << 16)
+                    self.streams[key.data] += data
+                    if not data:
+                        selector.unregister(key.fd)
+                        if key.data == "report":  # what still holds a stream has escaped
+                            backstop = min(backstop, time.monotonic() + 0.5)
+                written = len(self.streams["stdout"]) + len(self.streams["stderr"])
+                if written > limits.output_bytes:
+                    self.stopped = ("output_limit", f"more than {limits.output_bytes} bytes")
+                    return
+
+    def reports(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.streams["report"].splitlines() if line]
+
+    def outcome(self, tier: Tier, limits: Limits, failure: str = "") -> Outcome:
+        """The first ending that was reported, unless the harness stopped the program itself."""
+        reports = self.reports()
+        facts: dict[str, Any] = {"ending": "infra", "reason": failure or "no end was reported"}
+        if any("started" in found for found in reports):  # or it could choose not to be counted
+            facts = {"ending": "signal", "code": 9, "reason": "it killed its watcher"}
+        facts = next((found for found in reports if "ending" in found), facts)
+        ending, reason = self.stopped or (facts["ending"], facts.get("reason", ""))
+        cpu = facts.get("cpu_seconds", 0.0)
+        exhausted = facts.get("code") == signal.SIGXCPU or cpu >= limits.cpu_seconds
+        if ending == "signal" and exhausted:
+            ending, reason = "timeout", f"{limits.cpu_seconds} s of processor time"
+        text = {
+            name: bytes(data[: limits.output_bytes]).decode(errors="replace")
+            for name, data in self.streams.items()
+        }
+        return Outcome(
+            ending=ending,
+            code=facts.get("code", -1) if ending in ("exit", "signal") else -1,
+            stdout=text["stdout"],
+            stderr=text["stderr"],
+            seconds=facts.get("seconds", 0.0),
+            cpu_seconds=cpu,
+            tier=tier.name,
+            reason=reason,
+        )
+
+
+def _end(process: subprocess.Popen[bytes], report: int, capture: _Capture) -> None:
+    """Let the enclosure end what it holds; by force if it does not, and never leave it behind.
+
+    It is not reaped before the end, so that its number cannot belong to another process meanwhile.
+    """
+    os.kill(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    with selectors.DefaultSelector() as selector:
+        selector.register(report, selectors.EVENT_READ)
+        while selector.select(max(0.0, deadline - time.monotonic())):
+            data = os.read(report, 1 << 16)
+            if not data:
+                break
+            capture.streams["report"] += data
+    leaders = [process.pid]
+    if not any("ending" in found for found in capture.reports()):
+        leaders += [found["started"] for found in capture.reports() if "started" in found]
+    for leader in leaders:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
     process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()

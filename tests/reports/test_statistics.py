@@ -1,0 +1,135 @@
+"""Statistics against scipy, statsmodels and published figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from reports.statistics import (
+    holm,
+    macro,
+    macro_interval,
+    mcnemar,
+    minimum_detectable_effect,
+    paired_bootstrap,
+    score_interval,
+    wilson,
+)
+
+# Percent, as published with FuseLLM-7B: ARC-e, ARC-c, BoolQ, HellaSwag, OpenBookQA.
+LLAMA2, FUSED = (74.58, 46.33, 77.71, 76.00, 44.20), (75.04, 47.44, 78.13, 76.78, 45.40)
+
+
+def generator() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def test_commonsense_is_the_unweighted_mean_of_its_five_tasks() -> None:
+    assert macro(LLAMA2) == pytest.approx(63.76, abs=0.005)
+    assert macro(FUSED) == pytest.approx(64.56, abs=0.005)
+
+
+@given(n=st.integers(1, 300), share=st.floats(0, 1))
+def test_wilson_is_statsmodels_and_never_a_point(n: int, share: float) -> None:
+    k = round(n * share)
+    low, high = wilson(k, n)
+    expected = proportion_confint(k, n, method="wilson")
+    assert (low, high) == pytest.approx(expected, abs=1e-12)
+    assert 0 <= low <= k / n <= high <= 1
+    assert high > low
+
+
+@given(b=st.integers(0, 40), c=st.integers(0, 40))
+def test_exact_mcnemar_is_statsmodels(b: int, c: int) -> None:
+    found = mcnemar(b, c)
+    if b + c:
+        table = [[5, b], [c, 5]]
+        assert found.p_exact == pytest.approx(reference_mcnemar(table, exact=True).pvalue)
+        assert found.p_exact == pytest.approx(binomtest(b, b + c).pvalue, abs=1e-9)
+    assert 0 < found.p_mid <= found.p_exact <= 1
+
+
+def test_six_discordant_items_of_six_are_the_least_that_count() -> None:
+    assert mcnemar(6, 0).p_exact == pytest.approx(0.03125)
+    assert mcnemar(5, 0).p_exact > 0.05
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_statsmodels(values: list[float]) -> None:
+    assert holm(values) == pytest.approx(multipletests(values, method="holm")[1])
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "percent"),
+    [(6511, 0.05, 0.78), (2376, 0.05, 1.29), (1172, 0.1, 2.59), (164, 0.05, 4.9), (500, 0.1, 4.0)],
+)
+def test_detectable_effects_of_the_papers_suites(n: int, share: float, percent: float) -> None:
+    assert 100 * minimum_detectable_effect(share, n) == pytest.approx(percent, rel=0.02)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6))
+def test_the_gain_is_the_macro_mean_of_weighted_task_means(seed: int) -> None:
+    g = np.random.default_rng(seed)
+    tasks = np.repeat(["a", "b"], [7, 20])
+    one, two, weights = g.random(27), g.random(27), g.uniform(0.5, 3, 27)
+    found = paired_bootstrap(one, two, generator(), tasks=tasks, weights=weights)
+    expected = np.mean(
+        [np.average((one - two)[tasks == t], weights=weights[tasks == t]) for t in ("a", "b")]
+    )
+    assert found.gain == pytest.approx(expected)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= found.gain <= found.high
+    turned = paired_bootstrap(two, one, generator(), tasks=tasks, weights=weights)
+    assert turned.gain == pytest.approx(-found.gain)
+
+
+def test_equal_rows_tell_nothing() -> None:
+    ones = np.ones(12)
+    found = paired_bootstrap(ones, ones, generator())
+    assert (found.gain, found.p_value, found.low) == (0, 1, None)
+
+
+def test_one_discordant_item_is_not_significant() -> None:
+    one, two = np.zeros(50), np.zeros(50)
+    one[7] = 1
+    assert paired_bootstrap(one, two, generator()).p_value == 1
+
+
+def test_items_scored_on_one_side_only_are_left_out() -> None:
+    one, two = np.array([1.0, np.nan, 0.5]), np.array([0.0, 1.0, 0.5])
+    assert paired_bootstrap(one, two, generator()).n == 2
+    with pytest.raises(ValueError, match="no item"):
+        paired_bootstrap([np.nan], [1.0], generator())
+
+
+def test_the_interval_covers_and_the_test_keeps_its_level() -> None:
+    """500 simulated comparisons of 120 items; the bounds are three standard errors wide."""
+    g = np.random.default_rng(11)
+    covered = rejected = 0
+    for _ in range(500):
+        difference = g.normal(0.0, 1.0, 120)
+        found = paired_bootstrap(difference, np.zeros(120), g)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0 <= found.high
+        rejected += found.p_value < 0.05
+    assert 0.92 < covered / 500 < 0.98
+    assert rejected / 500 < 0.08
+
+
+def test_intervals_of_scores() -> None:
+    values = np.array([1, 0, 1, 1, 0, 1, 1, 1.0])
+    assert score_interval(values, generator()) == pytest.approx(wilson(6, 8))
+    low, high = score_interval(np.linspace(0.8, 1.2, 30), generator()) or (0, 0)
+    assert low < 1.0 < high
+    assert macro_interval([0.5, 0.7], [(0.4, 0.6), None]) is None
+    low, high = macro_interval([0.5, 0.7], [(0.4, 0.6), (0.6, 0.8)]) or (0, 0)
+    assert (low, high) == pytest.approx((0.6 - 0.0707107, 0.6 + 0.0707107), abs=1e-6)

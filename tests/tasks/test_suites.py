@@ -1,0 +1,96 @@
+"""Suites and their task files: names, prompts, no leaks, and parity with lm-eval's own tasks."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from tasks.datasets import DATASETS, held_out, passages
+from tasks.suite import DEFINITIONS, known_suites, load_suite
+
+
+def exemplar_documents(task: str) -> list[dict]:
+    """As lm-eval reads them: the file is loaded by its path."""
+    spec = importlib.util.spec_from_file_location("definitions_data", DEFINITIONS / "data.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.exemplar_documents(task)
+
+
+@pytest.mark.parametrize("name", known_suites())
+def test_a_suite_is_named_as_its_file_and_its_tasks_exist(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == name
+    files = [p for p in DEFINITIONS.rglob("*.yaml") if p.parent.name != "tiny"]
+    texts = [path.read_text() for path in files]
+    for task in suite.tasks:
+        assert any(f"task: {task.name}\n" in text for text in texts), task.name
+    assert set(suite.datasets) <= set(DATASETS)
+
+
+def test_unknown_suites_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="commonsense"):
+        load_suite("comonsense")
+    with pytest.raises(ValueError, match="bbh81"):
+        load_suite("bbh")
+
+
+def test_the_81_exemplars_are_asked_without_their_own_solution() -> None:
+    tasks = load_suite("bbh81").tasks
+    assert len(tasks) == 27
+    total = 0
+    for task in tasks:
+        documents = exemplar_documents(task.name.removeprefix("kfuse_bbh81_"))
+        total += len(documents)
+        for document in documents:
+            assert document["input"] not in document["shots"]
+            assert document["prompt"].count("Let's think step by step.") == 3
+            assert document["prompt"].endswith("A: Let's think step by step.\n")
+            assert document["prompt"].count(document["input"]) == 1
+    assert total == 81
+
+
+def test_documents_are_held_out_whole_and_passages_lose_nothing() -> None:
+    texts = [f"Sentence {i} is here. Another follows it. " * 120 for i in range(200)]
+    share = sum(map(held_out, texts)) / len(texts)
+    assert 0.02 < share < 0.12
+    for text in texts[:5]:
+        parts = list(passages(text))
+        assert all(len(part) <= 2300 for part in parts)
+        assert sum(len(part.split()) for part in parts) >= len(text.split()) - 60
+
+
+def test_prompts_are_those_of_the_stock_tasks(shared: Path, tmp_path: Path) -> None:
+    """The same ARC question through our task and through lm-eval's template: equal requests."""
+    with gzip.open(shared / "data" / "arc" / "ARC-Easy" / "test.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines][:20]
+    import lm_eval
+
+    stock = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
+    assert 'doc_to_text: "Question: {{question}}\\nAnswer:"' in stock.read_text()
+    ours = [
+        {
+            "query": f"Question: {row['question']}\nAnswer:",
+            "choices": row["choices"]["text"],
+            "gold": row["choices"]["label"].index(row["answerKey"]),
+        }
+        for row in rows
+    ]
+    (tmp_path / "arc_easy.jsonl").write_text("\n".join(json.dumps(row) for row in ours))
+    manager = TaskManager(
+        include_path=str(DEFINITIONS), include_defaults=False, metadata={"data_dir": str(tmp_path)}
+    )
+    task = manager.load(["kfuse_arc_easy"])["tasks"]["kfuse_arc_easy"]
+    task.build_all_requests(rank=0, world_size=1)
+    first = [i for i in task.instances if i.doc_id == 0]
+    assert [i.args for i in first] == [
+        (f"Question: {rows[0]['question']}\nAnswer:", f" {text}")
+        for text in rows[0]["choices"]["text"]
+    ]
