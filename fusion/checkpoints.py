@@ -1,31 +1,45 @@
-"""Stream several checkpoints through a merge method into one model folder.
+"""Checkpoints as files: merge several model folders into one, and identify a folder by content.
 
-Tensor by tensor from memory-mapped safetensors, arithmetic in float32. Compatibility is checked
-before any work, all mismatches in one message. The result is an ordinary model folder with the
-configuration and tokenizer of the base, or of the first input.
+Weights are read from memory-mapped safetensors, one file or shards with their index, and written
+one tensor at a time, so memory holds a few of the largest tensor and never a model. Arithmetic is
+float32; how tensors combine is `merging.py`. Whether the models fit together is checked before any
+work. Which bytes come out depends on the tensors alone, never on how the inputs were cut in shards.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
+import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fusion.errors import RecipeError, RunError
-from fusion.merging import MERGE_METHODS
+from fusion.merging import MERGE_METHODS, needs_base
 from fusion.models import DTYPES
 
-SHARD_BYTES = 2_000_000_000  # what one written file holds at most; also what is in memory at once
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-_NOT_COPIED = ("manifest.json", "job.json", "model.safetensors.index.json")
+SHARD_BYTES = 2_000_000_000  # tensor bytes in one written file, at most, if no tensor is larger
+INDEX = "model.safetensors.index.json"
+# What belongs to a model beside its weights: copied by a merge, counted by its identity.
+_BESIDE = "config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json"
+_BESIDE += " vocab.* merges.txt *.model *.spm chat_template*"
+_FLOATS = ("F64", "F32", "F16", "BF16")  # whatever else is the same in all models, or refused
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
+Entry = tuple[str, int, tuple[int, ...]]  # a tensor to write: type as BF16, bytes of all, shape
+_DERIVED = "rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
 
 
 class Checkpoint:
@@ -34,47 +48,45 @@ class Checkpoint:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
         self.files: dict[str, Any] = {}
-        shards = sorted(folder.glob("*.safetensors"))
-        if not shards:
-            raise RunError(f"{folder}: holds no .safetensors file")
-        for shard in shards:
-            with _reading(shard):
-                opened = stack.enter_context(safe_open(shard, framework="pt"))
-                self.files |= dict.fromkeys(opened.keys(), opened)
+        for path, listed in weight_files(folder).items():
+            with _reading(path):
+                opened = stack.enter_context(safe_open(path, framework="pt"))
+                held = opened.keys()
+            if missing := sorted(listed - set(held)):
+                raise RunError(
+                    f"{path}: lacks {missing[0]} and {len(missing) - 1} more that {INDEX} lists; "
+                    "fetch or build the folder again"
+                )
+            self.files |= {name: opened for name in held if not name.endswith(_DERIVED)}
+        self.stored_as: dict[str, str] = {}  # a tied head and the embedding that it is
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self.files[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
+
+    def code(self, name: str) -> str:
+        """Element type of a tensor as safetensors calls it, such as BF16."""
+        return str(self._slice(name).get_dtype())
 
     def read(self, name: str) -> Tensor:
         """One tensor, as stored."""
-        return self.files[name].get_tensor(name)
+        with _reading(self.folder):
+            return self.files[name].get_tensor(self.stored_as.get(name, name))
 
+    def embedding(self) -> str | None:
+        """Name of the input embedding."""
+        return next((name for name in sorted(self.files) if name.endswith(_EMBEDDINGS)), None)
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise RunError(
-            f"{path}: not a whole safetensors file ({error}); fetch or build it again"
-        ) from error
+    def ties(self, head: str) -> bool:
+        """Whether the output head is the input embedding: not stored, or stored the same."""
+        embedding = self.embedding()
+        if head not in self.files or embedding is None:
+            return head not in self.files
+        same = self.shape(head) == self.shape(embedding)
+        return same and self.read(head).equal(self.read(embedding))
 
-
-def mismatches(named: Mapping[str, Checkpoint]) -> list[str]:
-    """Why these checkpoints cannot be merged: one sentence a tensor that differs."""
-    first_name, first = next(iter(named.items()))
-    out = []
-    for name, other in list(named.items())[1:]:
-        for tensor in sorted(first.files.keys() - other.files.keys()):
-            out.append(f"{tensor} is in {first_name} but not in {name}")
-        for tensor in sorted(other.files.keys() - first.files.keys()):
-            out.append(f"{tensor} is in {name} but not in {first_name}")
-        for tensor in sorted(first.files.keys() & other.files.keys()):
-            one, two = first.shape(tensor), other.shape(tensor)
-            if one != two:
-                out.append(f"{tensor} is {one} in {first_name} but {two} in {name}")
-    return out
+    def _slice(self, name: str) -> Any:
+        return self.files[name].get_slice(self.stored_as.get(name, name))
 
 
 def merge(
@@ -84,80 +96,305 @@ def merge(
     method: str,
     parameters: Mapping[str, Any],
     dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Merge model folders into `out`; facts: tensors and parameters merged.
+    """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files.
 
-    RunError if the models do not fit together or a file is damaged; RecipeError if the method
-    refuses its parameters.
+    `dtype` is that of the written weights. Configuration, tokenizer and generation configuration
+    are those of the base, or of the first folder. Everything is written in a hidden folder beside
+    `out` and moved when whole; a manifest is the caller's. RecipeError if the method refuses its
+    parameters; RunError if the models do not fit together, with all mismatches, or a file is
+    damaged.
     """
-    function = MERGE_METHODS[method]
+    _try_out(method, parameters, len(folders), base is not None)
+    origin = base or folders[0]
+    if out.resolve() in {folder.resolve() for folder in (*folders, origin)}:
+        raise RunError(f"{out}: is one of the models to merge; write to another folder")
     with ExitStack() as stack:
-        inputs = [Checkpoint(folder, stack) for folder in folders]
-        ground = Checkpoint(base, stack) if base else None
-        named = {c.folder.name: c for c in [*([ground] if ground else []), *inputs]}
-        wrong = mismatches(named)
-        if wrong:
-            more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-            raise RunError(
-                "these models cannot be merged tensor by tensor:\n  "
-                + "\n  ".join(wrong[:10])
-                + more
-                + "\nmerge rows that were trained from one source"
-            )
-        names = sorted(inputs[0].files)
-        shards: list[list[str]] = [[]]
-        pending: dict[str, Tensor] = {}
-        size = total = 0
-        for name in names:
-            with _reading(inputs[0].folder / name):
-                read = [c.read(name) for c in inputs]
-                stored = ground.read(name) if ground else None
-            if read[0].is_floating_point():
-                floats = [tensor.float() for tensor in read]
-                zero = stored.float() if stored is not None else None
-                try:
-                    merged = function(floats, zero, **parameters).to(DTYPES[dtype])
-                except ValueError as error:
-                    raise RecipeError(f"merge method {method}: {error}") from error
+        opened = {f: Checkpoint(f, stack) for f in dict.fromkeys((origin, *folders))}
+        unique = len({folder.name for folder in opened}) == len(opened)
+        named = {folder.name if unique else str(folder): c for folder, c in opened.items()}
+        _refuse_mismatches(named, _config(origin))
+        inputs = [opened[folder] for folder in folders]
+
+        def merged(name: str) -> Tensor:
+            read = [checkpoint.read(name) for checkpoint in inputs]
+            if inputs[0].code(name) not in _FLOATS:
+                return read[0]
+            ground = opened[base].read(name).float() if base else None
+            result = MERGE_METHODS[method]([t.float() for t in read], ground, **parameters)
+            return result.to(DTYPES[dtype])
+
+        entries: dict[str, Entry] = {}
+        for name in sorted(opened[origin].files):
+            code, shape = opened[origin].code(name), opened[origin].shape(name)
+            if code in _FLOATS:
+                size = DTYPES[dtype].itemsize * prod(shape)
+                entries[name] = (_CODES[dtype], size, shape)
             else:
-                if any(not torch.equal(read[0], other) for other in read[1:]):
-                    raise RunError(f"{name} holds whole numbers that differ between the models")
-                merged = read[0]
-            if pending and size + merged.nbytes > SHARD_BYTES:
-                _write(out, pending, len(shards))
-                shards.append([])
-                pending, size = {}, 0
-            pending[name] = merged.contiguous()
-            shards[-1].append(name)
-            size += merged.nbytes
-            total += merged.numel()
-        _write(out, pending, len(shards))
-    _name_shards(out, shards)
-    _copy_rest(base or folders[0], out)
-    return {"tensors": len(names), "parameters": total}
+                entries[name] = (code, inputs[0].read(name).nbytes, shape)
+        with _published(out) as partial:
+            facts = _write(partial, entries, merged, shard_bytes)
+            _copy_beside(origin, partial, dtype)
+    return facts
 
 
-def _write(out: Path, tensors: dict[str, Tensor], number: int) -> None:
-    save_file(tensors, out / f"shard-{number}.safetensors", metadata={"format": "pt"})
+def _try_out(method: str, parameters: Mapping[str, Any], count: int, based: bool) -> None:
+    """Let the method refuse its parameters on a tensor of two elements, before any work."""
+    if method not in MERGE_METHODS:
+        known = ", ".join(MERGE_METHODS)
+        raise RecipeError(f"merge method '{method}' is unknown; known: {known}")
+    if needs_base(method) and not based:
+        raise RecipeError(f"merge method {method} works on changes against a base; name one")
+    one = torch.ones(2)
+    try:
+        MERGE_METHODS[method]([one] * count, one if based else None, **parameters)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"merge method {method}: {error}") from error
 
 
-def _name_shards(out: Path, shards: Sequence[Sequence[str]]) -> None:
-    """Final file names, and the index that several files need."""
-    if len(shards) == 1:
-        (out / "shard-1.safetensors").replace(out / "model.safetensors")
-        return
-    where = {}
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a model folder, as transformers would choose them.
+
+    With each, the tensors that the index lists in it. Raises RunError if there is no file, or if
+    there are several and no index says which belong.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.exists():
+        return {single: set()}
+    if not index.exists():
+        found = sorted(folder.glob("*.safetensors"))
+        if len(found) == 1:
+            return {found[0]: set()}
+        raise RunError(
+            f"{folder}: holds {len(found)} .safetensors files and no {INDEX}; load the model with "
+            "transformers and save it again with save_pretrained"
+        )
+    listed: dict[Path, set[str]] = {}
+    with _reading(index):
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            listed.setdefault(folder / file, set()).add(name)
+    if lost := sorted(path.name for path in listed if not path.exists()):
+        raise RunError(f"{index}: lists {', '.join(lost)}, not there; fetch or build it again")
+    return dict(sorted(listed.items()))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{path}: cannot be read ({type(error).__name__}: {error})"
+        raise RunError(f"{what}; if it is truncated or damaged, fetch or build it again") from error
+
+
+def _refuse_mismatches(named: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> None:
+    if found := [*_heads(named, config), *mismatches(named)]:
+        what = f"{', '.join(named)} cannot be merged tensor by tensor:"
+        remedies = "; ".join(dict.fromkeys(remedy for _, remedy in found))
+        raise RunError("\n  ".join([what, *(line for line, _ in found)]) + f"\n{remedies}")
+
+
+def _heads(named: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Output heads that some models tie to the embedding and some do not; settles the others.
+
+    Where all tie, the head is stored as in the first model, whose configuration is taken.
+    """
+    target = next(iter(named.values()))
+    for head in _HEADS:
+        storing = [name for name, c in named.items() if head in c.files]
+        if not storing or (len(storing) == len(named) and not config.get("tie_word_embeddings")):
+            continue
+        own = [name for name in storing if not named[name].ties(head)]
+        if own and (tied := [name for name in named if name not in own]):
+            yield (
+                f"{head} is a tensor of its own in {', '.join(own)} but the embedding in "
+                f"{', '.join(tied)}",
+                "merge models that all tie the output head, or untie it in all: set "
+                "tie_word_embeddings to false and save with the embedding copied as the head",
+            )
+            for checkpoint in named.values():
+                checkpoint.files.pop(head, None)
+        elif not own:
+            for checkpoint in named.values():
+                if head not in target.files:
+                    checkpoint.files.pop(head, None)
+                elif head not in checkpoint.files and (embedding := checkpoint.embedding()):
+                    checkpoint.files[head] = checkpoint.files[embedding]
+                    checkpoint.stored_as[head] = embedding
+
+
+def mismatches(named: Mapping[str, Checkpoint]) -> list[tuple[str, str]]:
+    """Why these checkpoints cannot be merged: (what differs, what to do), against the first one.
+
+    Tensors of all layers that differ alike are one line.
+    """
+    first_name, first = next(iter(named.items()))
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for other_name, other in list(named.items())[1:]:
+        for tensor in sorted(first.files.keys() | other.files.keys()):
+            if difference := _difference(tensor, first, other, first_name, other_name):
+                pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
+                found.setdefault((*difference, pattern), []).append(tensor)
+    more = {
+        key: f" (and {len(names) - 1} more like it)" * (len(names) > 1)
+        for key, names in found.items()
+    }
+    return [(f"{names[0]} {key[0]}{more[key]}", key[1]) for key, names in found.items()]
+
+
+def _difference(
+    name: str, one: Checkpoint, two: Checkpoint, one_name: str, two_name: str
+) -> tuple[str, str] | None:
+    """How a tensor differs between two models, without its name, and the remedy."""
+    family = "merge models of one architecture and size, trained from one base"
+    if name not in one.files or name not in two.files:
+        here, there = (one_name, two_name) if name in one.files else (two_name, one_name)
+        return f"is in {here} but not in {there}", family
+    shapes, codes = (one.shape(name), two.shape(name)), (one.code(name), two.code(name))
+    if shapes[0] != shapes[1]:
+        vocabulary = "give all models one tokenizer first, and resize their embeddings to it"
+        remedy = vocabulary if name.endswith(_EMBEDDINGS + _HEADS) else family
+        return f"is {shapes[0]} in {one_name} but {shapes[1]} in {two_name}", remedy
+    if all(code in _FLOATS for code in codes):
+        return None
+    if codes[0] != codes[1]:
+        line = f"is {codes[0]} in {one_name} but {codes[1]} in {two_name}"
+    elif torch.equal(_bytes(one.read(name)), _bytes(two.read(name))):
+        return None
+    else:
+        line = f"holds {codes[0]} that differ between {one_name} and {two_name}"
+    return line, "only floating-point tensors can be merged: undo quantization first"
+
+
+def _write(
+    out: Path, entries: Mapping[str, Entry], merged: Callable[[str], Tensor], limit: int
+) -> dict[str, Any]:
+    """Compute and write tensors in the order of `entries`, in files of at most `limit` bytes."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, (_, size, _) in entries.items():
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"shard-{number}.safetensors").replace(out / final)
-        where |= dict.fromkeys(names, final)
-    size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(out / file, {name: entries[name] for name in names}, merged)
+        where |= dict.fromkeys(names, file)
+    total = sum(size for _, size, _ in entries.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    numbers = sum(prod(shape) for _, _, shape in entries.values())
+    return {"tensors": len(entries), "parameters": numbers, "bytes": total, "files": len(shards)}
 
 
-def _copy_rest(source: Path, out: Path) -> None:
-    for pattern in _COPIED:
-        for path in source.glob(pattern):
-            if path.name not in _NOT_COPIED:
-                shutil.copyfile(path, out / path.name)
+def _write_file(path: Path, entries: Mapping[str, Entry], merged: Callable[[str], Tensor]) -> None:
+    """One safetensors file: length of the header, header, tensors one after another.
+
+    The safetensors package writes whole dictionaries only, which would hold a shard in memory.
+    Widest elements come first, so that each tensor lies on a multiple of its element size.
+    """
+    width = {name: size // max(1, prod(shape)) for name, (_, size, shape) in entries.items()}
+    order = sorted(entries, key=lambda name: (-width[name], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        code, size, shape = entries[name]
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_bytes(merged(name)).numpy().data)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`; its files move into `out` when all are written."""
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        out.mkdir(exist_ok=True)
+        for stale in (*out.glob("*.safetensors"), out / INDEX):
+            stale.unlink(missing_ok=True)
+        for path in sorted(partial.iterdir()):
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    with _reading(folder / "config.json"):
+        return dict(json.loads((folder / "config.json").read_text()))
+
+
+def _copy_beside(source: Path, out: Path, dtype: str) -> None:
+    """Everything beside the weights; the configuration says the type that was written."""
+    for path in _beside(source):
+        shutil.copyfile(path, out / path.name)
+    config = _config(source)
+    config.pop("torch_dtype", None)
+    (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+
+
+def _beside(folder: Path) -> list[Path]:
+    found = {path for pattern in _BESIDE.split() for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def identity(folder: Path) -> str:
+    """sha256 (hex) of a model by content: weights, configuration, tokenizer.
+
+        sha256(lines [name, type, shape, sha256 of its bytes], a tensor each, names ascending;
+               lines [name, sha256 of its bytes], a file beside the weights each, names ascending)
+
+    The same however the weights are cut into files, and in whatever order they lie there. Raises
+    RunError if a file is damaged or missing.
+    """
+    with ExitStack() as stack:
+        pieces: dict[str, tuple[list[Any], mmap.mmap, int, int]] = {}
+        for path in weight_files(folder):
+            with _reading(path):
+                mapped, entries = _mapped(path, stack)
+            for name, (code, shape, start, end) in entries.items():
+                pieces[name] = ([name, code, shape], mapped, start, end)
+
+        def line(name: str) -> list[Any]:
+            what, mapped, start, end = pieces[name]
+            with memoryview(mapped) as whole, whole[start:end] as part:
+                return [*what, hashlib.sha256(part).hexdigest()]
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            lines = list(threads.map(line, sorted(pieces)))
+    for path in _beside(folder):
+        lines.append([path.name, hashlib.sha256(path.read_bytes()).hexdigest()])
+    return hashlib.sha256("\n".join(map(json.dumps, lines)).encode()).hexdigest()
+
+
+def _mapped(path: Path, stack: ExitStack) -> tuple[mmap.mmap, dict[str, tuple]]:
+    """A safetensors file in memory, and type, shape, first and last byte of each tensor."""
+    with safe_open(path, framework="pt"):  # refuses a file that is not whole
+        pass
+    file = stack.enter_context(path.open("rb"))
+    mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8:start])
+    header.pop("__metadata__", None)
+    return mapped, {
+        name: (e["dtype"], e["shape"], *(start + offset for offset in e["data_offsets"]))
+        for name, e in header.items()
+    }

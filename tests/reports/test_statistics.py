@@ -35,6 +35,7 @@ def test_commonsense_is_the_unweighted_mean_of_its_five_tasks() -> None:
     assert macro(FUSED) == pytest.approx(64.56, abs=0.005)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 300), share=st.floats(0, 1))
 def test_wilson_is_statsmodels_and_never_a_point(n: int, share: float) -> None:
     k = round(n * share)
@@ -45,6 +46,7 @@ def test_wilson_is_statsmodels_and_never_a_point(n: int, share: float) -> None:
     assert high > low
 
 
+@settings(deadline=None)
 @given(b=st.integers(0, 40), c=st.integers(0, 40))
 def test_exact_mcnemar_is_statsmodels(b: int, c: int) -> None:
     found = mcnemar(b, c)
@@ -60,6 +62,7 @@ def test_six_discordant_items_of_six_are_the_least_that_count() -> None:
     assert mcnemar(5, 0).p_exact > 0.05
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_statsmodels(values: list[float]) -> None:
     assert holm(values) == pytest.approx(multipletests(values, method="holm")[1])
@@ -111,18 +114,18 @@ def test_items_scored_on_one_side_only_are_left_out() -> None:
 
 
 def test_the_interval_covers_and_the_test_keeps_its_level() -> None:
-    """500 simulated comparisons of 120 items; the bounds are three standard errors wide."""
+    """200 simulated comparisons of 120 items; the bounds are three standard errors wide."""
     g = np.random.default_rng(11)
     covered = rejected = 0
-    for _ in range(500):
+    for _ in range(200):
         difference = g.normal(0.0, 1.0, 120)
         found = paired_bootstrap(difference, np.zeros(120), g)
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= 0 <= found.high
         rejected += found.p_value < 0.05
-    assert 0.92 < covered / 500 < 0.98
-    assert rejected / 500 < 0.08
+    assert 0.90 < covered / 200 < 0.995
+    assert rejected / 200 < 0.1
 
 
 def test_intervals_of_scores() -> None:

