@@ -80,7 +80,7 @@ class Store:
         if not file.exists() or file.stat().st_size != entry["bytes"]:
             raise RunError(f"{file}: missing or cut short; delete {self.path} and run again")
         rows = np.memmap(file, dtype=_record(self.header["k"]), mode="r")
-        if hashlib.sha256(memoryview(rows)).hexdigest() != entry["sha256"]:
+        if hashlib.sha256(rows.data).hexdigest() != entry["sha256"]:
             raise RunError(f"{file}: checksum differs; delete {self.path} and run again")
         return Distribution(
             np.array(rows["piece"], dtype=np.int64),

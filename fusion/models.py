@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import torch
@@ -69,7 +69,14 @@ def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=DTYPES[dtype], attn_implementation=_attention(), use_safetensors=True
         )
-    return model.to(device).eval()
+    model.eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]  # wrapped: its types are lost
+    return model
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids a model takes; it may be more than its tokenizer has."""
+    return cast("Tensor", model.get_input_embeddings().weight).shape[0]
 
 
 def _attention() -> str:
@@ -144,7 +151,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     with _reading(str(gguf)), patch("gguf.GGUFReader", cache(GGUFReader)):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if rows < len(tokenizer):
         raise RunError(f"{gguf}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}")
     # The weights are plain float32 now; what still calls them quantized would refuse to save them.

@@ -15,11 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -32,6 +31,7 @@ from fusion.errors import RunError
 from fusion.functions import Aligned, fused_block
 from fusion.losses import IGNORED, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet
+from fusion.vocabulary import load_map
 
 LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "clm", "fusion", "coverage", "learning_rate")
 
@@ -44,7 +44,7 @@ class Blocks(Dataset):
         self.fuse = fuse
         if fuse:
             self.stores = [open_store(source["store"]) for source in fuse["sources"]]
-            self.maps = [sparse.load_npz(source["map"]) for source in fuse["sources"]]
+            self.maps = [load_map(source["map"]) for source in fuse["sources"]]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -158,10 +158,14 @@ class FusionTrainer(Trainer):
         self.parts: list[tuple[float, float, float, int]] = []
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(cast("Blocks", self.train_dataset))
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labelled = inputs["label_weights"] > 0
         covered = (

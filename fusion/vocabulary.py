@@ -10,6 +10,7 @@ Shapes: U source vocabulary, V target vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
+
+
+def load_map(path: str | Path) -> sparse.csr_array:
+    """A saved map, csr (U, V)."""
+    return sparse.csr_array(sparse.load_npz(path))
 
 
 def build(

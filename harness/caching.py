@@ -18,13 +18,18 @@ from fusion.models import hidden_states
 class _Reserved(DynamicLayer):
     """A cache layer that grows in large steps; the library's copies itself for every token."""
 
+    room: list[Tensor]
+    used: int
+    keys: Tensor
+    values: Tensor
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Append along the slots; everything so far, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.room, self.used = None, 0
+            self.room, self.used = [], 0
         new = key_states.shape[-2]
-        if self.room is None or self.used + new > self.room[0].shape[-2]:
+        if not self.room or self.used + new > self.room[0].shape[-2]:
             capacity = self.used + new + 64
             shape = (*key_states.shape[:-2], capacity, key_states.shape[-1])
             grown = [states.new_empty(shape) for states in (key_states, value_states)]
@@ -101,4 +106,5 @@ class GrowingCache:
         if slots is not None:
             self.valid, self.positions = self.valid[:, slots], self.positions[:, slots]
         for layer in self.cache.layers:
+            assert isinstance(layer, _Reserved)
             layer.choose(rows, slots)

@@ -17,9 +17,18 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@=,+\[\]-]*")
 Problems = Iterator[tuple[str, str]]
 
 
+def _mapping(raw: Mapping, key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _list(raw: Mapping, key: str) -> list[Any]:
+    value = raw.get(key)
+    return value if isinstance(value, list) else []
+
+
 def _variants(raw: Mapping) -> Iterator[tuple[str, str, dict]]:
-    variants = raw.get("variants")
-    for name, variant in variants.items() if isinstance(variants, dict) else ():
+    for name, variant in _mapping(raw, "variants").items():
         for kind in ("train", "merge", "ensemble"):
             if isinstance(variant, dict) and isinstance(variant.get(kind), dict):
                 yield str(name), kind, variant[kind]
@@ -27,8 +36,7 @@ def _variants(raw: Mapping) -> Iterator[tuple[str, str, dict]]:
 
 def names(raw: Mapping) -> Problems:
     """Row names, and that each variant is one thing."""
-    sources = raw.get("sources") if isinstance(raw.get("sources"), dict) else {}
-    variants = raw.get("variants") if isinstance(raw.get("variants"), dict) else {}
+    sources, variants = _mapping(raw, "sources"), _mapping(raw, "variants")
     for section, names in (("sources", sources), ("variants", variants)):
         for name in names:
             if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -45,8 +53,7 @@ def names(raw: Mapping) -> Problems:
 
 def references(raw: Mapping) -> Problems:
     """Rows that are named but not there, and variants that need themselves."""
-    sources = list(raw["sources"]) if isinstance(raw.get("sources"), dict) else []
-    variants = list(raw["variants"]) if isinstance(raw.get("variants"), dict) else []
+    sources, variants = list(_mapping(raw, "sources")), list(_mapping(raw, "variants"))
     needs: dict[str, list[str]] = {}
 
     def check(path: str, value: Any, known: list[str]) -> Problems:
@@ -55,16 +62,14 @@ def references(raw: Mapping) -> Problems:
 
     for name, kind, section in _variants(raw):
         at = f"variants.{name}.{kind}"
-        fuse = section.get("fuse") if isinstance(section.get("fuse"), dict) else {}
+        fuse = _mapping(section, "fuse")
         named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base")]
         for key in ("inputs", "members"):
-            listed = section.get(key) if isinstance(section.get(key), list) else []
-            named += [(f"{at}.{key}[{i}]", value) for i, value in enumerate(listed)]
-        listed = fuse.get("sources") if isinstance(fuse.get("sources"), list) else []
-        named += [(f"{at}.fuse.sources[{i}]", value) for i, value in enumerate(listed)]
+            named += [(f"{at}.{key}[{i}]", row) for i, row in enumerate(_list(section, key))]
+        named += [(f"{at}.fuse.sources[{i}]", v) for i, v in enumerate(_list(fuse, "sources"))]
         for path, value in named:
             yield from check(path, value, [*sources, *variants])
-        needs[name] = [value for _, value in named if value in variants]
+        needs[name] = [str(value) for _, value in named if value in variants]
     yield from check("reference", raw.get("reference"), [*sources, *variants])
     ensembles = {name for name, kind, _ in _variants(raw) if kind == "ensemble"}
     for name, wanted in needs.items():
@@ -140,8 +145,8 @@ def _method(
 
 def suites(raw: Mapping) -> Problems:
     """Suites, and limits for them."""
-    evaluate = raw.get("evaluate") if isinstance(raw.get("evaluate"), dict) else {}
-    suites = evaluate.get("suites") if isinstance(evaluate.get("suites"), list) else []
+    evaluate = _mapping(raw, "evaluate")
+    suites = _list(evaluate, "suites")
     for index, suite in enumerate(suites):
         if not isinstance(suite, str) or suite.startswith("lm_eval:"):
             continue

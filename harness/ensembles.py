@@ -159,7 +159,7 @@ def mix_chunks(
     parts = []
     for logprob, end in zip(logprobs, ends, strict=True):
         reached = np.concatenate([[0.0], np.cumsum(logprob)])
-        at = np.searchsorted(end, borders[:-1], side="right") if len(borders) > 1 else []
+        at = np.searchsorted(end, borders[:-1], side="right")
         parts.append(np.diff(reached[np.array([0, *at, len(logprob)], dtype=np.int64)]))
     with np.errstate(divide="ignore"):
         return float(np.logaddexp.reduce(np.log(weights)[:, None] + np.stack(parts), axis=0).sum())
@@ -176,6 +176,7 @@ class _Speaking:
         self.alive = list(range(len(requests)))
         self.made: list[list[int]] = [[] for _ in requests]
         self.caches = [GrowingCache(member.model, len(requests)) for member in ensemble.members]
+        self.weights = np.zeros((len(ensemble.members), len(requests)))
         self.read: list[list[list[int]]] = []  # member, row: ids in its cache
         self.skipped: list[list[int]] = []  # member, row: ids cut from the left of the prompt
         for member in ensemble.members:
@@ -211,7 +212,8 @@ class _Speaking:
 
     def _prefill(self) -> list[Tensor]:
         """Read the prompts; weigh the members by how likely each found them."""
-        last, bits = [], []
+        last: list[Tensor] = []
+        bits = []
         for member, cache, ids in zip(self.ensemble.members, self.caches, self.read, strict=True):
             hidden = cache.feed(ids)
             member.forward_tokens += sum(map(len, ids))
@@ -226,7 +228,7 @@ class _Speaking:
                 text = (
                     self.contexts[row]
                     if not self.skipped[len(last)][row]
-                    else (member.tokenizer.decode(tokens))
+                    else str(member.tokenizer.decode(tokens))
                 )
                 scores.append(member_bits(member, text, tokens, total))
             bits.append(scores)
@@ -238,19 +240,20 @@ class _Speaking:
 
     def _choose(self, last: Sequence[Tensor], current: Sequence[np.ndarray]) -> list[int]:
         """The likeliest token of the mixture for each row; members that lag behind are left out."""
-        mixed = np.zeros(0)
-        for index, (member, hidden) in enumerate(zip(self.ensemble.members, last, strict=True)):
-            p = torch.softmax(logits(member.model, hidden), dim=-1).cpu().numpy()
-            if index:
-                p = p[:, : self.ensemble.maps[index - 1].shape[0]] @ self.ensemble.maps[index - 1]
-                wide = min(p.shape[1], mixed.shape[1])
-                mixed[:, :wide] += (self.weights[index] * current[index])[:, None] * p[:, :wide]
-            else:
-                # A row where no other member may speak is the first one's alone, whatever it
-                # weighs.
-                alone = sum(w * c for w, c in zip(self.weights[1:], current[1:], strict=True)) == 0
-                mixed = p * np.where(alone, 1.0, self.weights[0])[:, None]
+        # A row where no other member may speak is the first one's alone, whatever it weighs.
+        heard = sum(w * c for w, c in zip(self.weights[1:], current[1:], strict=True))
+        share = np.where(heard == 0, 1.0, self.weights[0])
+        mixed = self._probabilities(0, last[0]) * share[:, None]
+        for index, vocabulary_map in enumerate(self.ensemble.maps, 1):
+            p = self._probabilities(index, last[index])[:, : vocabulary_map.shape[0]]
+            p = (self.weights[index] * current[index])[:, None] * (p @ vocabulary_map)
+            wide = min(p.shape[1], mixed.shape[1])
+            mixed[:, :wide] += p[:, :wide]
         return mixed.argmax(axis=1).tolist()
+
+    def _probabilities(self, index: int, hidden: Tensor) -> np.ndarray:
+        model = self.ensemble.members[index].model
+        return torch.softmax(logits(model, hidden), dim=-1).cpu().numpy()
 
     def _advance(self) -> tuple[list[Tensor], list[np.ndarray]]:
         """Let every member read what was said; which rows of which member are up to date."""

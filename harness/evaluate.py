@@ -87,7 +87,9 @@ def load(name: str, data: Path, limit: int | None, seed: int) -> Loaded:
         tasks = {task.name: tasks[task.name] for task in suite.tasks}
     totals = {task: len(list(tasks[task].eval_docs)) for task in tasks}
     chosen = sample(totals, limit, seed)
-    items = []
+    items: list[Item] = []
+    # lm-eval takes an empty list of documents for all of them.
+    tasks = {task: object_ for task, object_ in tasks.items() if chosen[task]}
     for task, object_ in tasks.items():
         object_.set_fewshot_seed(seed=FEWSHOT_SEED)
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
@@ -116,7 +118,7 @@ def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, li
         key = [seed, *task.encode()]
         order = np.random.default_rng(key).permutation(total)
         out[task] = sorted(int(i) for i in order[: share[task]])
-    return {task: ids for task, ids in out.items()}
+    return out
 
 
 def _stock(name: str) -> dict[str, Any]:

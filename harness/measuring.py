@@ -7,9 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy import sparse
-
 from fusion.errors import RunError
+from fusion.vocabulary import load_map
 from harness.build import device, model_folder
 from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, load, measure
@@ -66,7 +65,7 @@ class Measuring:
             return self._model(row)
         ensemble = variant.ensemble
         maps = [
-            sparse.load_npz(step.folder / "map.npz")
+            load_map(step.folder / "map.npz")
             for member in ensemble.members[1:]
             for step in self.plan.steps.values()
             if step.kind == "map"

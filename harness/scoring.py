@@ -26,6 +26,7 @@ from torch import Tensor
 from fusion.errors import RunError
 from fusion.models import (
     causal_pattern,
+    embedding_rows,
     hidden_states,
     load_model,
     load_tokenizer,
@@ -183,7 +184,7 @@ class SharedPrefixLM(TemplateLM):
     ) -> list[int]:
         """Token ids as lm-eval's own transformers backend makes them."""
         if add_special_tokens is None:
-            first = self.tokenizer.decode([self.prefix_token_id])
+            first = str(self.tokenizer.decode([self.prefix_token_id]))
             doubled = bool(first) and string.startswith(first)
             return self.tokenizer.encode(
                 string, **({"add_special_tokens": False} if doubled else {})
@@ -276,8 +277,8 @@ class SharedPrefixLM(TemplateLM):
         hidden = self._hidden(rows)
         at_row = torch.tensor([row for row, slots, _ in wanted for _ in slots])
         at_slot = torch.tensor([slot for _, slots, _ in wanted for slot in slots])
-        tokens = torch.tensor([token for _, _, tokens in wanted for token in tokens])
-        logprobs, greedy = self._gather(hidden[at_row, at_slot], tokens)
+        gold = torch.tensor([token for _, _, tokens in wanted for token in tokens])
+        logprobs, greedy = self._gather(hidden[at_row, at_slot], gold)
         sizes = [len(tokens) for _, _, tokens in wanted]
         parts = iter(zip(logprobs.split(sizes), greedy.split(sizes), strict=True))
         out = []
@@ -312,7 +313,7 @@ class SharedPrefixLM(TemplateLM):
 
     def _tree_works(self) -> bool:
         """Whether a drawn attention pattern gives what the plain model gives, on one small tree."""
-        n = min(self.model.get_input_embeddings().weight.shape[0], 97)
+        n = min(embedding_rows(self.model), 97)
         context, choices = [i % n for i in (3, 14, 15, 92, 65)], [[35, 8, 9], [79, 32, 38, 46]]
         choices = [[t % n for t in choice] for choice in choices]
         try:

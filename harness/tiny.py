@@ -8,6 +8,8 @@ tokenizers: byte-level BPE, SentencePiece-style BPE with byte fallback and BOS, 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,20 +92,30 @@ def _byte_tokens_ordinary(saved: str, specials: list[str]) -> str:
 
 
 def _unigram() -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.Unigram())
+    tokenizer = Tokenizer(models.Unigram(_pieces(), unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        unk_token="<unk>",
-        initial_alphabet=[chr(c) for c in range(33, 127)],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tokenizer
+
+
+def _pieces() -> list[tuple[str, float]]:
+    """Pieces and their log frequencies, counted: the library's Unigram trainer differs by run."""
+    counts = Counter(chr(code) for code in range(33, 127))
+    for line in TEXT:
+        for word in ("\u2581" + word for word in line.split(" ")):
+            counts.update(
+                word[i:j] for i in range(len(word)) for j in range(i + 1, min(i + 6, len(word)) + 1)
+            )
+    single = sorted((p, n) for p, n in counts.items() if len(p) == 1)
+    longer = sorted((p, n) for p, n in counts.items() if len(p) > 1)
+    longer.sort(key=lambda found: -found[1] * len(found[0]))
+    chosen = [*single, *longer[: 397 - len(single)]]
+    total = sum(n for _, n in chosen)
+    specials = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    return specials + [(piece, math.log(n / total)) for piece, n in chosen]
 
 
 def _llama(vocabulary: int) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reports.table import Cell, Column, Gain, Report
 
@@ -218,7 +218,7 @@ def comma_separated(report: Report) -> str:
     for cell in report.cells.values():
         base = {"recipe": report.recipe, "row": cell.row, "suite": cell.suite}
         total = {"n": cell.n, "n_total": cell.n_total, "partial": cell.partial}
-        line = base | {"score": cell.score, "low": cell.low, "high": cell.high}
+        line: dict[str, Any] = base | {"score": cell.score, "low": cell.low, "high": cell.high}
         line |= {"reason": cell.reason, "signature": cell.signature}
         if not cell.reason:
             line |= total

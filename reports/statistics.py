@@ -230,13 +230,12 @@ def _clusters(
         raise ValueError("paired items: no item has a score on both sides")
     difference, task, weight, cluster = (a - b)[used], task[used], weight[used], cluster[used]
     _, first, code = np.unique(task, return_index=True, return_inverse=True)
-    strata = []
+    strata: list[Array] = []
     for number in np.argsort(first):
         inside = code == number
         _, group = np.unique(cluster[inside], return_inverse=True)
         summed = [
-            np.bincount(group, weights=(weight * difference)[inside]),
-            np.bincount(group, weights=weight[inside]),
+            np.bincount(group, weights=w) for w in ((weight * difference)[inside], weight[inside])
         ]
         strata.append(np.stack(summed, axis=1))
     return _Parts(strata, difference, weight)

@@ -155,6 +155,13 @@ def test_a_sample_is_stratified_seeded_and_stable() -> None:
     assert set(found["a"]) <= set(more["a"]), "a larger sample holds the smaller one"
 
 
+def test_a_limit_below_the_number_of_tasks_measures_no_more(home: Path) -> None:
+    loaded = load("bbh81", home, 9, 0)
+    assert len(loaded.items) == 9
+    assert len(loaded.tasks) == 9
+    assert sum(loaded.totals.values()) == 81
+
+
 def test_an_unknown_stock_task_says_so(home: Path) -> None:
     with pytest.raises(RunError, match="lm_eval:no_such_task"):
         load("lm_eval:no_such_task", home, None, 17)
