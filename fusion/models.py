@@ -11,6 +11,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -115,6 +116,8 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, and warns
 
 
 def fetch(path: str, revision: str | None = None) -> Path:
@@ -148,7 +151,8 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     folder, name = str(gguf.parent), gguf.name
     # The file is opened three times (configuration, tokenizer, weights); parsing a vocabulary of a
     # quarter million once is enough.
-    with _reading(str(gguf)), patch("gguf.GGUFReader", cache(GGUFReader)):
+    bars = patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda items, **_: items)
+    with _reading(str(gguf)), patch("gguf.GGUFReader", cache(GGUFReader)), bars:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     rows = embedding_rows(model)

@@ -194,6 +194,9 @@ def make_model(name: str, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    from fusion.models import quiet
+
+    quiet()
     train, config, specials, seed = _MODELS[name]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=train(), **specials)
     # A generator of our own would not reach the layers' initialisation; the state is put back.
