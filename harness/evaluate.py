@@ -67,19 +67,20 @@ class Loaded:
     totals: dict[str, int]
 
 
-def load(name: str, data: Path, limit: int | None, seed: int) -> Loaded:
+def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | None = None) -> Loaded:
     """The items of a suite: all of them, or a seeded sample with an equal share for each task.
 
-    name: a suite, or lm_eval:TASK for a stock task. RunError if the data cannot be had.
+    name: a suite, or lm_eval:TASK for a stock task. given: use this suite, whose task files lie
+    beside its data. RunError if the data cannot be had.
     """
     stock = name.startswith("lm_eval:")
     if stock:
         tasks = _stock(name[8:])
         suite = _stock_suite(name, tasks)
     else:
-        suite = load_suite(name)
+        suite = given or load_suite(name)
         manager = TaskManager(
-            include_path=str(DEFINITIONS),
+            include_path=str(data if given else DEFINITIONS),
             include_defaults=False,
             metadata={"data_dir": str(data)},
         )

@@ -42,13 +42,13 @@ def folder_hash(home: Path, folder: Path) -> str:
     return identity({p.name: file_hash(home, p) for p in files})
 
 
-def corpus_hash(home: Path, path: str) -> str:
-    """Content hash of a corpus: its files, or what pins it."""
-    if path.startswith(("pypi:", "tiny:")):
+def corpus_hash(home: Path, path: str, key: str = "path") -> str:
+    """Content hash of a corpus: its files, or what pins it. key: where the recipe names it."""
+    if key == "path" and path.startswith(("pypi:", "tiny:")):
         return identity({"path": path, "sha256": PINNED.get(path[5:]), "v": TINY_VERSION})
     place = Path(path).expanduser()
     if not place.exists():
-        raise RunError(f"corpus: {path} does not exist")
+        raise RunError(f"corpus.{key}: {path} does not exist")
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     return identity({str(p.relative_to(place)): file_hash(home, p) for p in files})
 

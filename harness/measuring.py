@@ -48,15 +48,20 @@ class Measuring:
     def _suite(self, step: Step) -> Loaded:
         if step.name not in self.suites:
             known = suite_of(step.name)
-            data = self.plan.home
-            if known and known.datasets:
+            data, given = self.plan.home, None
+            recipe = self.plan.recipe
+            if "heldout" in step.content and recipe.corpus and recipe.corpus.heldout:
+                from harness.heldout import heldout_suite
+
+                given, data = heldout_suite(recipe.corpus.heldout, self.plan.home)
+            elif known and known.datasets:
                 from harness.assets import prepare_data
 
                 data = prepare_data(known.datasets, self.plan.home)
-            recipe = self.plan.recipe
             # lm-eval explains itself at length; what matters is in our records.
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
-            self.suites[step.name] = load(step.name, data, recipe.limit(step.name), recipe.seed)
+            limit = recipe.limit(step.name)
+            self.suites[step.name] = load(step.name, data, limit, recipe.seed, given)
         return self.suites[step.name]
 
     def _open(self, row: str) -> SharedPrefixLM | EnsembleLM:

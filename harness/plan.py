@@ -370,7 +370,7 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
     if known and known.executes_code:
         content["allow_code_execution"] = recipe.evaluate.allow_code_execution
     if suite == "bits_per_byte" and recipe.corpus and recipe.corpus.heldout:
-        content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout)
+        content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout, "heldout")
     key = identity({"evaluate": content})
     folder = _place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
     needs = (out.identities[row],)

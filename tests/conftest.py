@@ -7,10 +7,15 @@ import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A first call imports a library; how long that takes says nothing.
+settings.register_profile("kfuse", deadline=None)
+settings.load_profile("kfuse")
 
 ROOT = Path(__file__).resolve().parent.parent
 

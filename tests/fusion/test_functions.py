@@ -31,7 +31,7 @@ def aligned(seed: int, T: int = 4, V: int = 9, K: int = 3) -> Aligned:
 
 
 @ALL
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), M=st.integers(1, 4))
 def test_mass_is_at_most_one_and_ids_are_unique(name: str, seed: int, M: int) -> None:
     sources = [aligned(seed + m) for m in range(M)]
@@ -42,7 +42,7 @@ def test_mass_is_at_most_one_and_ids_are_unique(name: str, seed: int, M: int) ->
 
 
 @ALL
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), M=st.integers(2, 4))
 def test_the_order_of_sources_does_not_matter(name: str, seed: int, M: int) -> None:
     g = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def test_the_order_of_sources_does_not_matter(name: str, seed: int, M: int) -> N
 
 
 @ALL
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), M=st.integers(1, 4))
 def test_fusing_copies_gives_the_copy(name: str, seed: int, M: int) -> None:
     source = aligned(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from fusion.errors import RunError
 from harness import evaluate
 from harness.evaluate import load, measure, parts, rescore, sample
+from harness.heldout import heldout_suite
 from harness.plan import Plan, Step, plan
 from harness.recipe import parse
 from harness.scoring import SharedPrefixLM
@@ -160,6 +162,20 @@ def test_a_limit_below_the_number_of_tasks_measures_no_more(home: Path) -> None:
     assert len(loaded.items) == 9
     assert len(loaded.tasks) == 9
     assert sum(loaded.totals.values()) == 81
+
+
+def test_a_recipes_own_heldout_text_is_measured_by_domain(tmp_path: Path) -> None:
+    text = tmp_path / "own.jsonl"
+    rows = [{"domain": d, "text": f"{d} {i}"} for d in ("law", "sea tales") for i in range(3)]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    suite, data = heldout_suite(str(text), tmp_path)
+    loaded = load("bits_per_byte", data, 4, 0, suite)
+    assert [task.title for task in suite.tasks] == ["law", "sea_tales"]
+    assert loaded.totals == {"kfuse_heldout_law": 3, "kfuse_heldout_sea_tales": 3}
+    assert sorted({item.prompt.split(" ")[0] for item in loaded.items}) == ["law", "sea"]
+    text.write_text('{"text": " "}')
+    with pytest.raises(RunError, match=r"corpus.heldout: .* holds no text"):
+        heldout_suite(str(text), tmp_path)
 
 
 def test_an_unknown_stock_task_says_so(home: Path) -> None:
