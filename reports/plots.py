@@ -59,14 +59,15 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def forest(report: Report, column: Column) -> str | None:
-    """Gains of all rows on one suite with 95 % intervals; None if there is nothing to compare."""
-    rows = [row["name"] for row in report.rows if report.cell(row["name"], column.name).gain]
-    if not rows:
+    """Gains of all rows on one suite with 95 % intervals; None if no row differs anywhere."""
+    gains = {row["name"]: report.cell(row["name"], column.name).gain for row in report.rows}
+    rows = [name for name, gain in gains.items() if gain]
+    if not any(gain and gain.low is not None for gain in gains.values()):
         return None
     scale = 100 if column.unit else 1
     figure, axes = _figure(6, 0.7 + 0.38 * len(rows))
     for place, name in enumerate(reversed(rows)):
-        gain = report.cell(name, column.name).gain
+        gain = gains[name]
         assert gain
         colour = COLOURS[gain.verdict]
         if gain.low is not None and gain.high is not None:
