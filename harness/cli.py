@@ -59,9 +59,7 @@ def run(
     dry_run: DryRun = False,
 ) -> None:
     """Build, measure and report everything that a recipe names."""
-    from harness.run import run as carry_out
-
-    raise typer.Exit(carry_out(recipe, _with_limit(overrides, limit), only or [], dry_run=dry_run))
+    _carry_out(recipe, _with_limit(overrides, limit), only, dry_run=dry_run)
 
 
 @app.command()
@@ -69,10 +67,7 @@ def build(
     recipe: RecipeName, overrides: Overrides = None, only: Only = None, dry_run: DryRun = False
 ) -> None:
     """Only build: fetch models, pack the corpus, capture distributions, train, merge."""
-    from harness.run import run as carry_out
-
-    stages = ("build",)
-    raise typer.Exit(carry_out(recipe, overrides or [], only or [], stages, dry_run=dry_run))
+    _carry_out(recipe, overrides, only, ("build",), dry_run=dry_run)
 
 
 @app.command()
@@ -84,18 +79,13 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Only measure the rows that are built."""
-    from harness.run import run as carry_out
-
-    given = _with_limit(overrides, limit)
-    raise typer.Exit(carry_out(recipe, given, only or [], ("evaluate",), dry_run=dry_run))
+    _carry_out(recipe, _with_limit(overrides, limit), only, ("evaluate",), dry_run=dry_run)
 
 
 @app.command()
 def report(recipe: RecipeName, overrides: Overrides = None, limit: Limit = None) -> None:
     """Only report, from what is built and measured."""
-    from harness.run import run as carry_out
-
-    raise typer.Exit(carry_out(recipe, _with_limit(overrides, limit), [], ("report",)))
+    _carry_out(recipe, _with_limit(overrides, limit), stages=("report",))
 
 
 @app.command(name="list")
@@ -122,6 +112,24 @@ def schema() -> None:
     print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
+def _carry_out(
+    recipe: str,
+    overrides: list[str] | None,
+    only: list[str] | None = None,
+    stages: tuple[str, ...] = ("build", "evaluate", "report"),
+    dry_run: bool = False,
+) -> None:
+    """Carry out the stages and leave with their exit code."""
+    try:
+        from harness.run import run
+
+        code = run(recipe, overrides or [], only or [], stages, dry_run)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
+    raise typer.Exit(code)
+
+
 def _with_limit(overrides: list[str] | None, limit: int | None) -> list[str]:
     return [*(overrides or []), *([f"evaluate.limit={limit}"] if limit else [])]
 
@@ -136,9 +144,6 @@ def main() -> None:
     except RunError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,18 @@ def _may_run(step: Step, allowed: bool) -> bool:
 
 def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, dict[str, str]]:
     """Build, hub models first: their content names what follows, once they are here."""
-    from harness.build import build
+    from harness.build import build, needed
 
-    hub = [name for name, f in planned.folders.items() if f and "absent" in f.parts]
+    wanted = needed(planned, rows)
+    hub = [
+        name
+        for name in planned.recipe.sources
+        if planned.identities[name] in wanted
+        if (folder := planned.folders[name]) and "absent" in folder.parts
+    ]
     reasons: dict[str, str] = {}
     if hub:
-        reasons = build(planned, [row for row in hub if row in planned.recipe.sources])
+        reasons = build(planned, hub)
         planned = plan(loaded.recipe, planned.home)
     return planned, reasons | build(planned, rows)
 
@@ -128,11 +134,14 @@ def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
     waiting = [s for s in pending(planned, rows, stages) if s.kind != "evaluate"]
     tokens = {k: sum(s.tokens for s in waiting if s.kind == k) for k in ("capture", "train")}
     disk = sum(s.disk for s in waiting) / 2**30
+    far = sum(s.kind == "fetch" and "absent" in s.folder.parts for s in waiting)
+    unknown = f" and {far} models of the hub" if far else ""
     lines = [f"  {s.kind:<8} {s.name:<28} {s.folder.name}" for s in waiting]
     return "\n".join(
         [
             captured.get().rstrip(),
-            f"to build: {len(waiting)} folders, about {disk:.1f} GiB; {tokens['capture']:,} tokens "
+            f"to build: {len(waiting)} folders, about {disk:.1f} GiB{unknown}; "
+            f"{tokens['capture']:,} tokens "
             f"of source distributions, {tokens['train']:,} tokens of training",
             *lines,
             f"store: {planned.home}",

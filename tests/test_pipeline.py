@@ -111,6 +111,21 @@ def test_killed_at_any_time_it_goes_on(finished: Path, tmp_path: Path, seconds: 
     pd.testing.assert_frame_equal(one[same], two[same], rtol=1e-4, atol=1e-5)
 
 
+def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+    environment = os.environ | {"KFUSE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "harness.cli", "run", "tiny"]
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        assert "fetch llama" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+
+
 def bad(tmp_path: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     recipe = tmp_path / "bad.yaml"
     recipe.write_text(text)
