@@ -26,7 +26,7 @@ from tasks.suite import Suite, load_suite
 VERSIONS = {
     "convert": 1,
     "pack": 2,
-    "capture": 1,
+    "capture": 2,
     "map": 1,
     "train": 1,
     "merge": 2,
@@ -271,7 +271,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
                 name,
                 row=source,
                 tokens=corpus.tokens,
-                disk=corpus.tokens * (14 + 8 * fuse.top_k),
+                disk=corpus.tokens * (10 + 4 * fuse.top_k),
             )
             captures.append(out.add(step))
             maps.append(_map_step(out, name, source, train.init, fuse.vocabulary))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusion.corpus import pack, read_blocks, read_documents, write_blocks
-from fusion.distributions import capture, open_store, read_piece
+from fusion.distributions import capture, open_store, predict, read_piece
 from fusion.errors import RunError
 from fusion.models import load_model, load_tokenizer
 
@@ -63,13 +63,10 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "neox"])
-def test_stored_rows_are_those_of_the_plain_model(
-    tiny: dict[str, Path], blocks: list, tmp_path: Path, name: str
-) -> None:
+def test_rows_are_those_of_the_plain_model(tiny: dict[str, Path], blocks: list, name: str) -> None:
     model, tokenizer = load_model(tiny[name]), load_tokenizer(tiny[name])
-    store = capture(model, tokenizer, blocks, tmp_path / "s", 4, {})
-    for number, block in enumerate(blocks):
-        found = store.read(number)
+    for block in blocks:
+        found = predict(model, tokenizer, block, 4)
         for index, piece in enumerate(block):
             ids, ends = read_piece(tokenizer, piece)
             rows = found.pieces == index
@@ -86,6 +83,26 @@ def test_stored_rows_are_those_of_the_plain_model(
             gold = expected[:-1].gather(1, torch.from_numpy(ids[1:, None]))[:, 0].numpy()
             np.testing.assert_allclose(found.gold_logprob[rows][:-1], gold, atol=1e-5)
             assert np.isnan(found.gold_logprob[rows][-1])
+
+
+def test_a_store_says_what_it_is_and_keeps_within_its_error(
+    tiny: dict[str, Path], blocks: list, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(tiny["gemma"]), load_tokenizer(tiny["gemma"])
+    capture(model, tokenizer, blocks, tmp_path / "s", 4, {"model": "gemma"})
+    store = open_store(tmp_path / "s")
+    assert store.header["model"] == "gemma"
+    assert {"k", "codec", "step", "vocabulary"} < set(store.header)
+    for number, block in enumerate(blocks):
+        exact, found = predict(model, tokenizer, block, 4), store.read(number)
+        for name in ("pieces", "ends", "ids"):
+            assert (getattr(found, name) == getattr(exact, name)).all()
+        for name in ("logprobs", "log_tail", "gold_logprob"):
+            np.testing.assert_allclose(getattr(found, name), getattr(exact, name), atol=0.02)
+    header = tmp_path / "s" / "header.json"
+    header.write_text(header.read_text().replace("planes", "plains"))
+    with pytest.raises(RunError, match="plains-zstd-1, not planes-zstd-1"):
+        open_store(tmp_path / "s")
 
 
 def test_an_interrupted_capture_goes_on_and_ends_the_same(
