@@ -27,7 +27,7 @@ VERSIONS = {
     "convert": 1,
     "pack": 2,
     "capture": 2,
-    "map": 1,
+    "map": 2,
     "train": 1,
     "merge": 2,
     "evaluate": 1,
