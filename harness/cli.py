@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -86,6 +87,19 @@ def evaluate(
 def report(recipe: RecipeName, overrides: Overrides = None, limit: Limit = None) -> None:
     """Only report, from what is built and measured."""
     _carry_out(recipe, _with_limit(overrides, limit), stages=("report",))
+
+
+@app.command(name="inspect-alignment")
+def inspect_alignment(
+    source: Annotated[str, typer.Argument(help="a model, named as in a recipe's `path`")],
+    target: Annotated[str, typer.Argument(help="the model that would learn from it")],
+    text: Annotated[Path | None, typer.Option("--text", help="a text of your own")] = None,
+    vocabulary: Annotated[str, typer.Option("--vocabulary", help="a vocabulary map")] = "prefix",
+) -> None:
+    """How well a source's tokens and vocabulary meet a target's, on a text."""
+    from harness.inspection import inspect_alignment as describe
+
+    print(describe(source, target, text, vocabulary))
 
 
 @app.command(name="list")

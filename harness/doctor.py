@@ -12,8 +12,6 @@ from importlib import metadata
 
 from harness.store import PACKAGES, home
 
-HUB = ("huggingface.co", 443)
-
 
 def listing() -> str:
     """Everything a recipe can name, one line and its reference each."""
@@ -95,8 +93,14 @@ def reachable(timeout: float = 3.0) -> bool:
     """Whether the model hub answers."""
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
+    from urllib.parse import urlsplit
+
+    from huggingface_hub.constants import ENDPOINT
+
+    hub = urlsplit(ENDPOINT)
     try:
-        socket.create_connection(HUB, timeout=timeout).close()
+        place = (hub.hostname or "", hub.port or 443)
+        socket.create_connection(place, timeout=timeout).close()
     except OSError:
         return False
     return True
