@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiling what is never imported costs more than it saves.
 PIP := $(BIN)/pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: quickstart test check fix clean
+.PHONY: quickstart test bench check fix clean
 
 # torch first and pinned: a range would bring its newest build, with gigabytes for GPUs.
 .venv/.installed: pyproject.toml
@@ -22,6 +22,10 @@ quickstart: .venv/.installed
 
 test: .venv/.tested
 	$(BIN)/pytest
+
+# Figures against their floors; builds the quickstart's models and stores first if need be.
+bench: .venv/.installed
+	$(BIN)/python -m harness.bench
 
 check: .venv/.tested
 	$(BIN)/ruff format --check .

@@ -128,6 +128,88 @@ def avg_ce(
     return _mix(sources, weights / np.where(total > 0, total, 1.0))
 
 
+def avg_entropy(
+    sources: Sequence[Aligned], bits_per_byte: np.ndarray, *, temperature: float = 1.0
+) -> Aligned:
+    r"""Average the sources, weighing each at every position by how certain it is there.
+
+        P[t] = Σ_j w_j[t] P^j[t],   w_j[t] ∝ exp(−H(P^j[t]) / temperature)  where j covers t
+
+    H in nats, the tail as one outcome. Not in the paper: FuseLLM weighs whole sequences by their
+    cross-entropy; this asks no gold token.
+    """
+    certainty = -np.stack([entropy(s) for s in sources]) / temperature
+    certainty[~np.stack([s.covered for s in sources])] = -np.inf
+    best = certainty.max(axis=0)
+    weights = np.exp(certainty - np.where(np.isfinite(best), best, 0.0))
+    total = weights.sum(axis=0)
+    return _mix(sources, weights / np.where(total > 0, total, 1.0))
+
+
+def min_entropy(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligned:
+    r"""Take every position from the source that is most certain there.
+
+        P[t] = P^m[t],   m = argmin_j H(P^j[t])  over the sources that cover t
+
+    A tie goes to the earlier source. Not in the paper: MinCE (FuseLLM 2401.10491, section 3.3)
+    chooses one source for a whole sequence.
+    """
+    uncertainty = np.stack([np.where(s.covered, entropy(s), np.inf) for s in sources])
+    chosen = np.arange(len(sources))[:, None] == uncertainty.argmin(axis=0)
+    return _mix(sources, (chosen & np.isfinite(uncertainty)).astype(np.float64))
+
+
+def log_linear(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligned:
+    r"""The normalised geometric mean: a source that holds a token impossible vetoes it.
+
+        P[t, v] ∝ Π_j P^j[t, v]^(1/n)    over the n sources that cover t
+
+    A token that a source does not keep has an equal share of its tail. Logarithmic pooling, that is
+    the mean of logits up to a constant; not in the paper, whose AvgCE is a mean of probabilities.
+    """
+    width = sources[0].probabilities.shape[1]
+    covered = np.stack([s.covered for s in sources])
+    share = covered / np.maximum(covered.sum(axis=0), 1)
+    union = _mix(sources, np.ones(covered.shape)).probabilities
+    union.sort_indices()
+    counts = np.diff(union.indptr)
+    rows = np.repeat(np.arange(union.shape[0]), counts)
+    keys = rows * width + union.indices
+    logs, rest = np.zeros(union.nnz), np.zeros(union.shape[0])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for source, weight in zip(sources, share, strict=True):
+            kept = (source.probabilities > 0).sum(axis=1)
+            spread = source.tail / np.maximum(width - kept, 1)
+            found = np.zeros(union.nnz)
+            entries = source.probabilities.tocoo()
+            some = entries.data > 0  # exp underflows to 0 below −745 nats
+            place = np.searchsorted(keys, (entries.row * width + entries.col)[some])
+            np.add.at(found, place, entries.data[some])
+            logs += _weighted(weight[rows], np.log(np.where(found > 0, found, spread[rows])))
+            rest += _weighted(weight, np.log(spread))
+        mass = np.exp(logs)
+        total = np.bincount(rows, mass, len(rest)) + (width - counts) * np.exp(rest)
+    union.data = mass / np.where(total > 0, total, 1.0)[rows]
+    says = covered.any(axis=0) & (total > 0)
+    return Aligned(sparse.csr_array(sparse.diags_array(says.astype(float)) @ union), says)
+
+
+def entropy(source: Aligned) -> np.ndarray:
+    """Entropy of each row in nats, (T,), its tail counted as one outcome."""
+    p = source.probabilities
+    plogp = sparse.csr_array((_plogp(p.data), p.indices, p.indptr), shape=p.shape)
+    return -(plogp.sum(axis=1) + _plogp(source.tail))
+
+
+def _plogp(p: np.ndarray) -> np.ndarray:
+    return p * np.log(np.where(p > 0, p, 1.0))
+
+
+def _weighted(weight: np.ndarray, logs: np.ndarray) -> np.ndarray:
+    """weight · logs, where no weight is no say, even about what is impossible."""
+    return np.where(weight > 0, weight * logs, 0.0)
+
+
 def fused_block(
     function: str,
     sources: Sequence[Distribution],
@@ -150,4 +232,7 @@ def parameters(name: str) -> dict[str, inspect.Parameter]:
 FUSION_FUNCTIONS: dict[str, Callable[..., Aligned]] = {
     "min_ce": min_ce,
     "avg_ce": avg_ce,
+    "avg_entropy": avg_entropy,
+    "min_entropy": min_entropy,
+    "log_linear": log_linear,
 }

@@ -13,7 +13,18 @@ from scipy import sparse
 
 from fusion.corpus import Piece
 from fusion.distributions import Distribution
-from fusion.functions import FUSION_FUNCTIONS, Aligned, align, avg_ce, bits_per_byte, min_ce
+from fusion.functions import (
+    FUSION_FUNCTIONS,
+    Aligned,
+    align,
+    avg_ce,
+    avg_entropy,
+    bits_per_byte,
+    entropy,
+    log_linear,
+    min_ce,
+    min_entropy,
+)
 
 ALL = pytest.mark.parametrize("name", FUSION_FUNCTIONS)
 
@@ -69,6 +80,55 @@ def test_min_ce_takes_the_best_source_and_the_earlier_one_at_a_tie() -> None:
     assert min_ce([one, two], np.array([2.004, 2.0])) is two
     assert min_ce([one, two], np.array([2.0, 2.004])) is one
     assert min_ce([one, two], np.array([2.0, 2.0])) is one
+
+
+def dense(source: Aligned) -> np.ndarray:
+    """Rows over the vocabulary with each tail spread evenly over the tokens it stands for."""
+    p = source.probabilities.toarray()
+    missing = (p == 0).sum(axis=1)
+    return np.where(p == 0, (source.tail / np.maximum(missing, 1))[:, None], p)
+
+
+@given(seed=st.integers(0, 10**6), M=st.integers(1, 4))
+def test_log_linear_is_the_normalised_geometric_mean(seed: int, M: int) -> None:
+    sources = [aligned(seed + m) for m in range(M)]
+    fused = log_linear(sources, np.zeros(M))
+    for t in np.flatnonzero(fused.covered):
+        rows = [np.log(dense(s)[t]) for s in sources if s.covered[t]]
+        expected = np.exp(np.mean(rows, axis=0))
+        expected /= expected.sum()
+        kept = fused.probabilities.toarray()[t]
+        np.testing.assert_allclose(kept[kept > 0], expected[kept > 0], rtol=1e-9)
+        assert fused.tail[t] == pytest.approx(expected[kept == 0].sum(), abs=1e-12)
+
+
+def test_a_veto_holds_only_where_a_source_has_a_say() -> None:
+    sure = Aligned(sparse.csr_array([[1.0, 0.0], [0.0, 0.0]]), np.array([True, False]))
+    open_ = Aligned(sparse.csr_array([[0.5, 0.5], [0.5, 0.5]]), np.array([True, True]))
+    fused = log_linear([sure, open_], np.zeros(2)).probabilities.toarray()
+    np.testing.assert_allclose(fused, [[1.0, 0.0], [0.5, 0.5]])
+
+
+@ALL
+def test_probabilities_that_underflow_to_zero_do_no_harm(name: str) -> None:
+    explicit = sparse.csr_array(
+        (np.array([1.0, 0.0]), np.array([0, 4]), np.array([0, 2])), shape=(1, 5)
+    )
+    source = Aligned(explicit, np.array([True]))
+    fused = FUSION_FUNCTIONS[name]([source, source], np.zeros(2))
+    np.testing.assert_allclose(fused.probabilities.toarray(), [[1.0, 0, 0, 0, 0]])
+
+
+def test_certainty_decides_position_by_position() -> None:
+    sharp = Aligned(sparse.csr_array([[0.9, 0.1], [0.5, 0.5]]), np.array([True, True]))
+    blunt = Aligned(sparse.csr_array([[0.5, 0.5], [0.1, 0.9]]), np.array([True, True]))
+    best = min_entropy([sharp, blunt], np.zeros(2)).probabilities.toarray()
+    np.testing.assert_allclose(best, [[0.9, 0.1], [0.1, 0.9]])
+    mixed = avg_entropy([sharp, blunt], np.zeros(2)).probabilities.toarray()
+    h = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    weight = np.exp(-h) / (np.exp(-h) + 0.5)  # the other's entropy is ln 2
+    np.testing.assert_allclose(mixed[0], weight * np.array([0.9, 0.1]) + (1 - weight) * 0.5)
+    np.testing.assert_allclose(entropy(sharp), [h, np.log(2)])
 
 
 def test_avg_ce_weights_equal_the_recorded_ones(shared: Path) -> None:
