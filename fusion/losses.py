@@ -3,9 +3,8 @@
     L = λ · CLM + (1 − λ) · KL(P ‖ Q)          (FuseLLM 2401.10491, equation 5; λ is `clm_weight`)
 
 The output head is applied to a chunk of positions at a time and gradients are formed there and
-then,
-so logits for a whole sequence never exist, and the cost does not depend on how many sources were
-fused into the targets.
+then, so logits for a whole sequence never exist, and the cost does not depend on how many sources
+were fused into the targets.
 
 Shapes: T positions, D hidden width, V target vocabulary, K entries kept a position.
 """

@@ -55,7 +55,7 @@ def corpus_hash(home: Path, path: str, key: str = "path") -> str:
 
 @cache
 def definition_hash(suite: str) -> str:
-    """Hash of what defines a suite: its file, its task files and what they include, lm-eval."""
+    """Hash of what defines a suite: what it says, its task files and what they include, lm-eval."""
     from importlib.metadata import version
 
     if suite.startswith("lm_eval:"):
@@ -70,6 +70,6 @@ def definition_hash(suite: str) -> str:
         included = re.findall(r"^include: (\S+)$", texts[name], re.MULTILINE)
         used |= {Path(include).name for include in included}
     content = {name: texts[name] for name in sorted(used)}
-    content["suite"] = (root / f"{suite}.py").read_text()
+    content["suite"] = repr(load_suite(suite))
     content["data"] = (root / "definitions" / "data.py").read_text()
     return identity({"files": content, "lm_eval": version("lm-eval")})

@@ -1,5 +1,6 @@
-"""A report as text: terminal, Markdown and CSV. Percent and rounding happen here and nowhere
-before.
+"""A report as text: terminal, Markdown and CSV.
+
+Percent and rounding happen here and nowhere before.
 
 Add a format: a function of a Report and its line in FORMATS at the foot.
 """

@@ -6,9 +6,8 @@ column of FuseLLM (2401.10491) and must not be compared with it: other questions
 6,511, two shots instead of three, and one to three questions decide a task's score.
 
 It departs from lm-eval's stock task where that is known to mislead: generation stops at a blank
-line
-and not at a capital Q, at most 256 tokens are generated, and the answer loses only a final period
-instead of its last character whatever that is. Comparison is exact, letters case-sensitive.
+line and not at a capital Q, at most 256 tokens are generated, and the answer loses only a final
+period instead of its last character whatever that is. Comparison is exact, case-sensitive.
 """
 
 from tasks.suite import Suite, Task

@@ -1,11 +1,10 @@
 """Commonsense and science questions with given choices, scored by log-likelihood, without shots.
 
 Mirrors the common-sense table of FuseLLM (2401.10491): ARC-easy, ARC-challenge, BoolQ, HellaSwag
-and
-OpenBookQA, an unweighted mean over the five. Prompts, choices and metrics are those of lm-eval's
-stock tasks, character by character. ARC and OpenBookQA use the test split, BoolQ and HellaSwag the
-validation split, as lm-eval does. It departs from the paper in the version of lm-eval (the paper's
-is 0.3.0).
+and OpenBookQA, an unweighted mean over the five. Prompts, choices and metrics are those of
+lm-eval's stock tasks, character by character. ARC and OpenBookQA use the test split, BoolQ and
+HellaSwag the validation split, as lm-eval does. It departs from the paper in the version of lm-eval
+(the paper's is 0.3.0).
 """
 
 from tasks.suite import Suite, Task

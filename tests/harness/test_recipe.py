@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fusion.errors import RecipeError
+from fusion.functions import FUSION_FUNCTIONS
 from harness.recipe import BUNDLED, _Loader, bundled, load, parse, schema
 
 GOOD = """
@@ -62,7 +63,7 @@ def test_all_mistakes_come_in_one_message() -> None:
     assert "r.yaml: 8 problems" in message
     for part in (
         "variants.fused.train.fuse.function",
-        "'mince' is unknown; known: min_ce, avg_ce (min_ce?)",
+        f"'mince' is unknown; known: {', '.join(FUSION_FUNCTIONS)} (min_ce?)",
         "variants.pack.ensemble.members[1]",
         "'bb' is no row here",
         "'lineer' is unknown",
