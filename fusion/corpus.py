@@ -170,6 +170,18 @@ def _last_clean_cut(ends: np.ndarray, text: str, capacity: int) -> int:
     return count
 
 
+def read_piece(tokenizer: PreTrainedTokenizerBase, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and byte ends of a piece as this tokenizer reads it, with its own BOS and EOS."""
+    tokens = tokenize(tokenizer, piece.text)
+    total = len(piece.text.encode())
+    bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    ends_here = piece.ends_document and tokenizer.eos_token_id is not None
+    eos = [tokenizer.eos_token_id] if ends_here else []
+    ids = np.array([*bos, *tokens.ids.tolist(), *eos], dtype=np.int64)
+    ends = np.array([*([0] * len(bos)), *tokens.ends.tolist(), *([total] * len(eos))], np.int64)
+    return ids, ends
+
+
 def write_blocks(path: Path, blocks: Sequence[Sequence[Piece]]) -> None:
     """Blocks to one Parquet file."""
     rows = [

@@ -22,16 +22,14 @@ import torch
 from torch import Tensor
 
 from fusion.codec import CODEC, STEP, Distribution, decode, encode
-from fusion.corpus import Piece
+from fusion.corpus import Piece, read_piece
 from fusion.errors import RunError
 from fusion.models import (
-    begins_with_bos,
     causal_pattern,
     embedding_rows,
     hidden_states,
     logits,
 )
-from fusion.tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,8 +48,11 @@ class Store:
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, block: int) -> Distribution:
-        """The distribution of one block; RunError if its shard is missing or damaged."""
+    def read(self, block: int, pieces: Sequence[Piece] | None = None) -> Distribution:
+        """The distribution of one block; RunError if its shard is missing or damaged.
+
+        pieces: not needed; `Online` asks for them.
+        """
         entry = self.index[block]
         file = self.path / entry["shard"]
         if not file.exists() or file.stat().st_size != entry["bytes"]:
@@ -60,6 +61,19 @@ class Store:
         if hashlib.sha256(content.data).hexdigest() != entry["sha256"]:
             raise RunError(f"{file}: checksum differs; delete {self.path} and run again")
         return decode(content.data, entry["uncompressed"], self.header["vocabulary"])
+
+
+class Online:
+    """A source that is run when asked, in place of a store: the same numbers, nothing on disk."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
+        self.model, self.tokenizer, self.k = model, tokenizer, k
+
+    def read(self, block: int, pieces: Sequence[Piece]) -> Distribution:
+        """What the source predicts in these pieces, rounded as a store rounds."""
+        vocabulary = embedding_rows(self.model)
+        rows = predict(self.model, self.tokenizer, pieces, self.k)
+        return decode(*encode(rows, vocabulary), vocabulary)
 
 
 def open_store(path: str | Path) -> Store:
@@ -123,18 +137,6 @@ def capture(
             index.flush()
     progress(len(blocks))
     return Store(path)
-
-
-def read_piece(tokenizer: PreTrainedTokenizerBase, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and byte ends of a piece as this tokenizer reads it, with its own BOS and EOS."""
-    tokens = tokenize(tokenizer, piece.text)
-    total = len(piece.text.encode())
-    bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
-    ends_here = piece.ends_document and tokenizer.eos_token_id is not None
-    eos = [tokenizer.eos_token_id] if ends_here else []
-    ids = np.array([*bos, *tokens.ids.tolist(), *eos], dtype=np.int64)
-    ends = np.array([*([0] * len(bos)), *tokens.ends.tolist(), *([total] * len(eos))], np.int64)
-    return ids, ends
 
 
 def predict(

@@ -1,91 +1,28 @@
 """Fusion functions: combine the aligned distributions of several sources into one.
 
-A fusion function is a plain function of (sources, bits_per_byte) and its line in FUSION_FUNCTIONS
-at the foot; further keyword parameters can be given in a recipe. Distributions are sparse rows over
+A fusion function is a plain function of (sources, losses) and its line in FUSION_FUNCTIONS at the
+foot; its second parameter is called `bits_per_byte` or `nats_per_token`, which is what it is then
+given, and further keyword parameters can be given in a recipe. Distributions are sparse rows over
 the target's vocabulary, so nothing here is dense, and any number of sources goes in by list.
 
-Shapes: T target positions of a block, V target vocabulary, M sources.
+Shapes: T target positions of a block, V target vocabulary, M sources. Losses are (M,), of the whole
+block, or (M, T), of the document or span that a position's next token belongs to.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import sparse
 
-from fusion.alignment import align_boundaries
+from fusion.aligned import Aligned, align
+from fusion.codec import Distribution
 from fusion.corpus import Piece
-from fusion.distributions import Distribution
-
-
-@dataclass(frozen=True, slots=True)
-class Aligned:
-    """One source's (or the fused) distribution at the target's positions; rows say what comes next.
-
-    probabilities: csr (T, V); what a row lacks to one is its tail, mass on tokens unknown.
-    covered (T,): bool, whether the row says anything.
-    """
-
-    probabilities: sparse.csr_array
-    covered: np.ndarray
-
-    @property
-    def tail(self) -> np.ndarray:
-        """Mass outside the kept entries, (T,), in [0, 1]."""
-        return np.clip(1.0 - self.probabilities.sum(axis=1), 0.0, 1.0)
-
-
-def align(
-    source: Distribution, block: Sequence[Piece], vocabulary_map: sparse.csr_array
-) -> Aligned:
-    r"""Carry a source's distributions to the target's positions and vocabulary.
-
-        P[t] = Aᵀ p[s]    where target position t and source position s have read the same bytes
-
-    vocabulary_map: A, csr (U, V), rows sum to at most 1. Mass without an image becomes tail. A
-    position where no source token ends stays uncovered, and so does the last of each piece.
-
-    Relative to the paper: FuseLLM pairs tokens by edit distance and hands the row of a token to its
-    partner; here a row moves only between positions with the same prefix, and describes the next
-    token on both sides.
-    """
-    length = sum(len(piece.ids) for piece in block)
-    kept = source.ids.shape[1]
-    pairs = []
-    offset = 0
-    for number, piece in enumerate(block):
-        at = np.flatnonzero(source.pieces == number)
-        pair = align_boundaries(piece.ends, source.ends[at])
-        pair = pair[pair[:, 0] < len(piece.ids) - 1]
-        pairs.append(np.stack([pair[:, 0] + offset, at[pair[:, 1]]], axis=1))
-        offset += len(piece.ids)
-    target, rows = np.concatenate(pairs).T
-    p = np.exp(source.logprobs[rows])
-    indptr = np.zeros(length + 1, dtype=np.int64)
-    indptr[target + 1] = kept
-    native = sparse.csr_array(
-        (p.ravel(), source.ids[rows].ravel(), np.cumsum(indptr)),
-        shape=(length, vocabulary_map.shape[0]),
-    )
-    covered = np.zeros(length, dtype=bool)
-    covered[target] = True
-    return Aligned(sparse.csr_array(native @ vocabulary_map), covered)
-
-
-def bits_per_byte(source: Distribution, block: Sequence[Piece]) -> float:
-    r"""How well a source predicts a block's text: −Σ log p(gold) / (bytes · ln 2).
-
-    Comparable across tokenizers, which nats per token is not. A first token without BOS in front is
-    predicted by nobody and its bytes do not count.
-    """
-    total = 0
-    for number, piece in enumerate(block):
-        ends = source.ends[source.pieces == number]
-        total += len(piece.text.encode()) - (int(ends[0]) if len(ends) else 0)
-    return float(-np.nansum(source.gold_logprob) / (max(total, 1) * np.log(2)))
+from fusion.measures import MEASURES
+from fusion.spec import Fuse
 
 
 def _mix(sources: Sequence[Aligned], weights_MT: np.ndarray) -> Aligned:
@@ -97,35 +34,128 @@ def _mix(sources: Sequence[Aligned], weights_MT: np.ndarray) -> Aligned:
 
 
 def min_ce(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligned:
-    r"""Take each block's distributions from the source that predicts the block best.
+    r"""Take each block's (document's, span's) distributions from the source that predicts it best.
 
         P = P^m,   m = argmin_j bits_j
 
-    bits_per_byte: (M,). A tie goes to the earlier source of the recipe.
+    bits_per_byte: (M,) or (M, T). A tie goes to the earlier source of the recipe.
 
     Relative to the paper (FuseLLM 2401.10491, section 3.3, MinCE): it compares cross-entropy a
-    token, in bfloat16; here bits a byte in float64, since tokenizers cut text differently.
+    token, in bfloat16; here bits a byte in float64, since tokenizers cut text differently. Below
+    the block, a source that does not cover a position leaves it to the next best.
     """
-    return sources[int(np.argmin(bits_per_byte))]
+    if np.ndim(bits_per_byte) == 1:
+        return sources[int(np.argmin(bits_per_byte))]
+    covered = np.stack([s.covered for s in sources])
+    return _chosen(sources, np.where(covered, bits_per_byte, np.inf).argmin(axis=0))
+
+
+def _chosen(sources: Sequence[Aligned], index_T: np.ndarray) -> Aligned:
+    covered = np.stack([s.covered for s in sources])
+    taken = covered & (np.arange(len(sources))[:, None] == index_T)
+    return _mix(sources, taken.astype(np.float64))
 
 
 def avg_ce(
     sources: Sequence[Aligned], bits_per_byte: np.ndarray, *, temperature: float = 1.0
 ) -> Aligned:
-    r"""Average the sources, weighing each by how well it predicts the block.
+    r"""Average the sources, weighing each by how well it predicts the block (document, span).
 
         P[t] = Σ_j w_j P^j[t] / Σ_{j covers t} w_j,   w = softmax(−bits / temperature)
 
-    bits_per_byte: (M,). Sources that do not cover a position leave their weight to the others.
+    bits_per_byte: (M,) or (M, T). Sources that do not cover a position leave their weight to the
+    others.
 
     Relative to the paper (FuseLLM 2401.10491, section 3.3, AvgCE): cross-entropies a byte, in bits,
     in place of nats a token; every position is renormalised over the sources that cover it.
     """
-    bits = np.asarray(bits_per_byte, dtype=np.float64)
-    w = np.exp(-(bits - bits.min()) / temperature)
-    weights = (w / w.sum())[:, None] * np.stack([s.covered for s in sources])
+    return _averaged(sources, softmax(-np.asarray(bits_per_byte, np.float64) / temperature))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Weights over the first axis, which is that of the sources."""
+    w = np.exp(scores - scores.max(axis=0))
+    return w / w.sum(axis=0)
+
+
+def _averaged(sources: Sequence[Aligned], weights: np.ndarray) -> Aligned:
+    """The mean at every position over the sources that cover it; weights (M,) or (M, T)."""
+    covered = np.stack([s.covered for s in sources])
+    weights = (weights[:, None] if weights.ndim == 1 else weights) * covered
     total = weights.sum(axis=0)
     return _mix(sources, weights / np.where(total > 0, total, 1.0))
+
+
+def min_ce_reference(
+    sources: Sequence[Aligned],
+    nats_per_token: np.ndarray,
+    *,
+    base_is_candidate: bool = True,
+    bfloat16: bool = True,
+) -> Aligned:
+    r"""MinCE as the published code has it.
+
+        P = P^m,   m = argmax_j r_j,   r = 1 / exp(CE)     (bfloat16)
+
+    nats_per_token: CE, (M,) or (M, T), incomparable across tokenizers. The first source is the
+    target's own model: its rows stand in for empty ones; with `base_is_candidate: false` it is not
+    chosen itself, and the last of equals wins instead of the first.
+
+    FuseLLM's released code (`distill_greater_as_gt`). Relative to the paper: rounding to bfloat16
+    makes ties, which fall to the target itself.
+    """
+    rewards = _rewards(nats_per_token, bfloat16)
+    if base_is_candidate:
+        chosen = rewards.argmax(axis=0)
+    else:
+        chosen = len(rewards) - 1 - rewards[:0:-1].argmax(axis=0)
+    filled = _filled(sources)
+    if rewards.ndim == 1:
+        return filled[int(chosen)]
+    return _chosen(filled, chosen)
+
+
+def avg_ce_reference(
+    sources: Sequence[Aligned],
+    nats_per_token: np.ndarray,
+    *,
+    base_is_candidate: bool = True,
+    bfloat16: bool = True,
+) -> Aligned:
+    r"""AvgCE as the published code has it.
+
+        P = Σ_j w_j P^j,   w = softmax(r),   r = 1 / exp(CE)     (bfloat16)
+
+    nats_per_token: CE, (M,) or (M, T). The first source as in `min_ce@reference`.
+
+    FuseLLM's released code (`distill_weighted_as_gt`). Relative to the paper: softmax(−CE) is
+    meant; a softmax over rewards between 0 and 1 is nearly uniform.
+    """
+    rewards = _rewards(nats_per_token, bfloat16)
+    filled = _filled(sources)
+    if not base_is_candidate:
+        rewards, filled = rewards[1:], filled[1:]
+    weights = softmax(rewards)
+    if bfloat16:
+        weights = torch.softmax(torch.from_numpy(rewards).bfloat16(), 0).double().numpy()
+    return _averaged(filled, weights)
+
+
+def _rewards(nats_per_token: np.ndarray, bfloat16: bool) -> np.ndarray:
+    losses = torch.from_numpy(np.asarray(nats_per_token, np.float64))
+    return (1 / torch.exp(losses.bfloat16() if bfloat16 else losses)).double().numpy()
+
+
+def _filled(sources: Sequence[Aligned]) -> list[Aligned]:
+    """Rows that are covered but empty (nothing of theirs has an image) are the first source's."""
+    filled = []
+    for source in sources:
+        empty = source.covered & (source.probabilities.sum(axis=1) == 0)
+        if empty.any():
+            own = sparse.diags_array(empty.astype(float)) @ sources[0].probabilities
+            source = Aligned(sparse.csr_array(source.probabilities + own), source.covered)
+        filled.append(source)
+    return filled
 
 
 def avg_entropy(
@@ -155,8 +185,7 @@ def min_entropy(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligne
     chooses one source for a whole sequence.
     """
     uncertainty = np.stack([np.where(s.covered, entropy(s), np.inf) for s in sources])
-    chosen = np.arange(len(sources))[:, None] == uncertainty.argmin(axis=0)
-    return _mix(sources, (chosen & np.isfinite(uncertainty)).astype(np.float64))
+    return _chosen(sources, uncertainty.argmin(axis=0))
 
 
 def log_linear(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligned:
@@ -211,16 +240,32 @@ def _weighted(weight: np.ndarray, logs: np.ndarray) -> np.ndarray:
 
 
 def fused_block(
-    function: str,
+    fuse: Fuse,
     sources: Sequence[Distribution],
     maps: Sequence[sparse.csr_array],
     block: Sequence[Piece],
-    parameters: dict[str, float],
+    pairs: Sequence[np.ndarray] | None = None,
 ) -> tuple[Aligned, np.ndarray]:
-    """The fused targets of one block, and each source's bits per byte on it, (M,)."""
-    bits = np.array([bits_per_byte(source, block) for source in sources])
-    aligned = [align(s, block, a) for s, a in zip(sources, maps, strict=True)]
-    return FUSION_FUNCTIONS[function](aligned, bits, **parameters), bits
+    """The fused targets of one block, and each source's loss on it, (M,) or (M, T).
+
+    pairs: of each source, where they are not those of the common bytes.
+    """
+    function = FUSION_FUNCTIONS[fuse.function]
+    losses = MEASURES[list(inspect.signature(function).parameters)[1]](sources, block, fuse.level)
+    aligned = [
+        align(
+            source,
+            block,
+            vocabulary_map,
+            pairs=None if pairs is None else pairs[index],
+            unaligned=fuse.unaligned,
+            collision=fuse.collision,
+            tail=fuse.tail,
+            temperature=fuse.source_temperature,
+        )
+        for index, (source, vocabulary_map) in enumerate(zip(sources, maps, strict=True))
+    ]
+    return function(aligned, losses, **fuse.parameters), losses
 
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -235,4 +280,6 @@ FUSION_FUNCTIONS: dict[str, Callable[..., Aligned]] = {
     "avg_entropy": avg_entropy,
     "min_entropy": min_entropy,
     "log_linear": log_linear,
+    "min_ce@reference": min_ce_reference,
+    "avg_ce@reference": avg_ce_reference,
 }

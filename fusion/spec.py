@@ -6,9 +6,9 @@ cannot change a result carry `changes_results: False` and stay out of identities
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -57,9 +57,37 @@ class Corpus(Section):
     )
     blocks: int = Field(description="tokens in a block", ge=32)
     tokens: int = Field(description="target tokens in all", ge=32)
+    packing: Literal["documents", "concatenate@reference"] = Field(
+        "documents", description="whether the documents of a block see each other in training"
+    )
     heldout: str | None = Field(
         None, description="folder or file of .jsonl/.txt that bits_per_byte measures, by domain"
     )
+
+
+class Decay(Section):
+    """A weight that goes in equal steps from its start, at the first step, towards its end."""
+
+    start: float = Field(ge=0, le=1)
+    end: float = Field(ge=0, le=1)
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Decay, Tag("decay")],
+    Discriminator(lambda given: "decay" if isinstance(given, dict | Decay) else "number"),
+]
+# Which of several shapes a value was read as; no part of a path in the file.
+SHAPES = ("number", "decay", "int", "float", "bool", "dict[str,int]")
+
+REFERENCE = {
+    "function": "min_ce@reference",
+    "alignment": "dtw",
+    "vocabulary": "min_ed@reference",
+    "unaligned": "one_hot@reference",
+    "collision": "first@reference",
+    "tail": "renormalise@reference",
+    "top_k": 10,
+}
 
 
 class Fuse(Section):
@@ -67,12 +95,46 @@ class Fuse(Section):
 
     sources: list[str] = Field(description="row names of sources", min_length=1)
     function: str = Field(description="a fusion function, see `kfuse list`")
-    clm_weight: float = Field(description="λ of the paper, the causal-LM part", ge=0, le=1)
-    alignment: Literal["boundary"] = Field("boundary", description="how positions are paired")
+    clm_weight: Weight = Field(
+        description="λ of the paper, the causal-LM part, in [0, 1]; or {start, end}"
+    )
+    level: Literal["block", "document", "span"] = Field(
+        "block", description="the text over which the function compares sources"
+    )
+    alignment: Literal["boundary", "dtw"] = Field("boundary", description="how positions pair")
     vocabulary: str = Field("prefix", description="how a source's vocabulary maps to the target's")
-    unaligned: Literal["mask"] = Field("mask", description="positions that no source covers")
+    unaligned: Literal["mask", "one_hot", "one_hot@reference"] = Field(
+        "mask", description="positions that a source does not cover"
+    )
+    collision: Literal["sum", "first@reference"] = Field(
+        "sum", description="source tokens with one image"
+    )
+    tail: Literal["bucket", "renormalise@reference"] = Field(
+        "bucket", description="mass on tokens that are not kept"
+    )
+    objective: str = Field("kl", description="what draws the target to them, see `kfuse list`")
+    source_temperature: float = Field(1.0, description="of the sources' distributions", gt=0)
     top_k: int = Field(16, description="K, entries kept a position", ge=1, le=1024)
-    parameters: dict[str, float] = Field({}, description="further parameters of the function")
+    parameters: dict[str, float | bool] = Field(
+        {}, description="further parameters of the function"
+    )
+    online: bool = operational(False, "run the sources while training, in place of a store")
+    fidelity: Literal["reference"] | None = operational(
+        None, "`reference`: what is not written here is as in the published code"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("fidelity") == "reference":
+            return REFERENCE | given
+        return given
+
+    @property
+    def weight_at(self) -> Decay:
+        """λ as a line from the first step to the last."""
+        weight = self.clm_weight
+        return weight if isinstance(weight, Decay) else Decay(start=weight, end=weight)
 
 
 class Train(Section):

@@ -26,25 +26,31 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from fusion.corpus import Piece, read_blocks
-from fusion.distributions import open_store
 from fusion.errors import RunError
-from fusion.functions import Aligned, fused_block
-from fusion.losses import IGNORED, Targets, fused_loss
+from fusion.losses import IGNORED, Chunks, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet
-from fusion.vocabulary import load_map
+from fusion.spec import Decay, Fuse
+from fusion.targets import FusedTargets
 
 LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "clm", "fusion", "coverage", "learning_rate")
 
 
 class Blocks(Dataset):
-    """The corpus as training rows: tokens, pieces as segments, labels, and fused targets if any."""
+    """The corpus as training rows: tokens, pieces as segments, labels, and fused targets if any.
 
-    def __init__(self, blocks: Sequence[Sequence[Piece]], fuse: dict | None) -> None:
+    together: the pieces of a block see each other, and each one's end predicts the next one's
+    beginning, as in the published code (`packing: concatenate@reference`).
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[Piece]],
+        targets: FusedTargets | None = None,
+        together: bool = False,
+    ) -> None:
         self.blocks = blocks
-        self.fuse = fuse
-        if fuse:
-            self.stores = [open_store(source["store"]) for source in fuse["sources"]]
-            self.maps = [load_map(source["map"]) for source in fuse["sources"]]
+        self.targets = targets
+        self.together = together
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -52,64 +58,41 @@ class Blocks(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         block = self.blocks[index]
         ids = np.concatenate([piece.ids for piece in block])
-        segments = np.concatenate([np.full(len(p.ids), i + 1) for i, p in enumerate(block)])
-        labels = np.roll(ids, -1)
-        last = np.roll(segments, -1) != segments
-        last[-1] = True
-        labels[last] = IGNORED
+        runs = [len(ids)] if self.together else [len(piece.ids) for piece in block]
+        last = np.zeros(len(ids), dtype=bool)
+        last[np.cumsum(runs) - 1] = True
         row = {
             "input_ids": ids,
-            "segments": segments,
-            "position_ids": np.concatenate([np.arange(len(piece.ids)) for piece in block]),
-            "labels": labels,
+            "segments": np.repeat(np.arange(len(runs)) + 1, runs),
+            "position_ids": np.concatenate([np.arange(run) for run in runs]),
+            "labels": np.where(last, IGNORED, np.roll(ids, -1)),
             "label_weights": (~last) / max(1, (~last).sum()),
         }
-        if self.fuse:
-            sources = [store.read(index) for store in self.stores]
-            fused, _ = fused_block(
-                self.fuse["function"], sources, self.maps, block, self.fuse["parameters"]
-            )
-            row |= _padded(fused, ~last)
+        if self.targets:
+            row |= self.targets.row(index, block, labelled=~last)
         return row
-
-
-def _padded(fused: Aligned, labelled: np.ndarray) -> dict[str, np.ndarray]:
-    """Sparse rows as (T, K) arrays, and each covered position's share of the block's loss."""
-    rows = fused.probabilities
-    counts = np.diff(rows.indptr)
-    width = max(1, int(counts.max(initial=1)))
-    slot = np.arange(rows.nnz) - np.repeat(rows.indptr[:-1], counts)
-    at = np.repeat(np.arange(len(counts)), counts)
-    ids = np.zeros((len(counts), width), dtype=np.int64)
-    probabilities = np.zeros((len(counts), width), dtype=np.float32)
-    ids[at, slot] = rows.indices
-    probabilities[at, slot] = rows.data
-    covered = fused.covered & labelled
-    return {
-        "target_ids": ids,
-        "target_probabilities": probabilities,
-        "target_weights": covered / max(1, covered.sum()),
-    }
 
 
 def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     """Rows padded to one length; each row weighs the same, whatever it holds."""
-    length = max(len(row["input_ids"]) for row in rows)
-    width = max((row["target_ids"].shape[1] for row in rows if "target_ids" in row), default=0)
-    fill = {"labels": IGNORED, "segments": -1}
+    fill = {"labels": IGNORED, "segments": -1, "target_ids": -1, "chunk_index": -1}
     batch = {}
-    for key in rows[0]:
-        shape = (length, width) if rows[0][key].ndim == 2 else (length,)
-        whole = np.full((len(rows), *shape), fill.get(key, 0), dtype=rows[0][key].dtype)
+    for key, first in rows[0].items():
+        shape = np.max([row[key].shape for row in rows], axis=0)
+        whole = np.full((len(rows), *shape), fill.get(key, 0), dtype=first.dtype)
         for index, row in enumerate(rows):
             whole[index][tuple(slice(0, n) for n in row[key].shape)] = row[key]
         batch[key] = torch.from_numpy(whole)
-        if batch[key].dtype == torch.float64:
+        if key.endswith("_weights"):
             batch[key] = batch[key].float() / len(rows)
+    if "chunk_index" in batch:
+        # The chunks of all rows become one list.
+        before = torch.arange(len(rows))[:, None, None] * batch["chunk_weights"].shape[1]
+        batch["chunk_index"] += before * (batch["chunk_index"] >= 0)
     return batch
 
 
-def attach_loss(model: PreTrainedModel, clm_weight: float) -> None:
+def attach_loss(model: PreTrainedModel, fuse: Fuse | None) -> None:
     """Make `model(**batch)` return the combined loss, computed inside the model's own forward.
 
     It has to happen there: data parallelism synchronises gradients, and ZeRO-3 gathers the head's
@@ -117,30 +100,35 @@ def attach_loss(model: PreTrainedModel, clm_weight: float) -> None:
     """
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    objective = fuse.objective if fuse and fuse.objective != "alm" else "kl"
+    temperature = fuse.source_temperature if fuse else 1.0
 
-    def head_forward(
-        self: nn.Linear, hidden: Tensor, batch: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def head_forward(self: nn.Linear, hidden: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         weight = self.weight
         if self.bias is not None:
             hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
             weight = torch.cat([weight, self.bias[:, None]], dim=1)
-        targets = None
+        targets: Targets | Chunks | None = None
         if "target_ids" in batch:
             names = ("target_ids", "target_probabilities", "target_weights")
             targets = Targets(*(batch[name].flatten(0, 1) for name in names))
+        elif "chunk_index" in batch:
+            names = ("chunk_index", "chunk_logprobs", "chunk_weights")
+            index, logprobs, weights = (batch[name].flatten(0, 1) for name in names)
+            targets = Chunks(index, logprobs, weights, temperature)
         loss = fused_loss(
             hidden,
             weight,
             batch["labels"].flatten(),
             targets,
-            clm_weight,
+            batch["clm_weight"],
+            objective=objective,
             label_weights=batch["label_weights"].flatten(),
             softcap=softcap,
         )
         return {"loss": loss.total, "clm": loss.clm, "fusion": loss.fusion}
 
-    def forward(self: PreTrainedModel, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self: PreTrainedModel, **batch: Any) -> dict[str, Tensor]:
         pattern = causal_pattern(batch["segments"], batch["segments"] > 0)
         hidden = hidden_states(self, batch["input_ids"], batch["position_ids"], pattern)
         return self.get_output_embeddings()(hidden.flatten(0, 1), batch)
@@ -150,10 +138,14 @@ def attach_loss(model: PreTrainedModel, clm_weight: float) -> None:
 
 
 class FusionTrainer(Trainer):
-    """The Trainer, reading blocks in their packed order and keeping the loss's parts."""
+    """The Trainer, reading blocks in their packed order and keeping the loss's parts.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    λ of step n of N is start + (end − start) n / N, with n from 0.
+    """
+
+    def __init__(self, *args: Any, fuse: Fuse | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.clm_weight = fuse.weight_at if fuse else Decay(start=1.0, end=1.0)
         self.model_accepts_loss_kwargs = False  # every block weighs the same; see `collate`
         self.parts: list[tuple[float, float, float, int]] = []
 
@@ -168,12 +160,14 @@ class FusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labelled = inputs["label_weights"] > 0
-        covered = (
-            (inputs["target_weights"] > 0).sum() / labelled.sum()
-            if ("target_weights" in inputs)
-            else torch.tensor(0.0)
-        )
-        out = model(**inputs)
+        covered = torch.tensor(0.0)
+        if "target_weights" in inputs:
+            covered = (inputs["target_weights"] > 0).sum() / labelled.sum()
+        elif "chunk_index" in inputs:
+            covered = (inputs["chunk_index"] >= 0).any(-1).sum() / labelled.sum()
+        start, end = self.clm_weight.start, self.clm_weight.end
+        passed = self.state.global_step / max(1, self.state.max_steps)
+        out = model(**inputs, clm_weight=start + (end - start) * passed)
         self.parts.append(
             (out["clm"].item(), out["fusion"].item(), covered.item(), int(labelled.sum()))
         )
@@ -292,14 +286,22 @@ def train(job: dict) -> dict[str, float]:
     arguments = _arguments(job | {"blocks": len(blocks)}, out, _world_size())
     model = load_model(job["init"], "float32")
     model.config.use_cache = False
-    attach_loss(model, job["fuse"]["clm_weight"] if job["fuse"] else 1.0)
+    fuse = Fuse.model_validate(job["fuse"]) if job["fuse"] else None
+    attach_loss(model, fuse)
     checkpoint = last_checkpoint(out / "checkpoints")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     log = TrainingLog(out / "training.csv", step)
     trainer = FusionTrainer(
         model=model.train(),
         args=arguments,
-        train_dataset=Blocks(blocks, job["fuse"]),
+        fuse=fuse,
+        train_dataset=Blocks(
+            blocks,
+            FusedTargets(fuse, job["sources"], job["init"], job["machine"]["device"])
+            if fuse
+            else None,
+            together=job["packing"] == "concatenate@reference",
+        ),
         data_collator=collate,
         callbacks=[log],
     )

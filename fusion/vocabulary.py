@@ -9,20 +9,24 @@ Shapes: U source vocabulary, V target vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy import sparse
 
-from fusion.alignment import MARKERS
+from fusion.alignment import MARKERS, align_boundaries, align_dtw
+from fusion.corpus import Piece, read_piece
 from fusion.tokens import token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SPACE_MARKERS: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _FALLBACK = re.compile("<0x[0-9A-F]{2}>")
 ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
 
@@ -37,15 +41,21 @@ def build(
     target_tokenizer: PreTrainedTokenizerBase,
     method: str = "prefix",
     *,
+    counts: sparse.csr_array | None = None,
     source_size: int | None = None,
     target_size: int | None = None,
 ) -> sparse.csr_array:
     """The map of a named method: csr (U, V), rows sum to at most 1.
 
-    source_size, target_size: rows of the models' output heads where they exceed the tokenizers.
+    counts: of `count_pairs`, for the methods that ask for them (`needs_counts`). source_size,
+    target_size: rows of the models' output heads where they exceed the tokenizers.
+
+    Relative to the published code: special tokens map by role, but for the maps `@reference`, where
+    spelling decides.
     """
-    images = VOCABULARY_MAPS[method](source_tokenizer, target_tokenizer)
-    for role in reversed(ROLES):
+    given = {"counts": counts} if needs_counts(method) else {}
+    images = VOCABULARY_MAPS[method](source_tokenizer, target_tokenizer, **given)
+    for role in () if method.endswith("@reference") else reversed(ROLES):
         source, target = getattr(source_tokenizer, role), getattr(target_tokenizer, role)
         if source is not None and target is not None:
             images[source] = target
@@ -55,6 +65,48 @@ def build(
         max(len(token_bytes(target_tokenizer)), target_size or 0),
     )
     return sparse.csr_array((np.ones(len(rows)), (rows, images[rows])), shape=sizes)
+
+
+def needs_counts(method: str) -> bool:
+    """Whether a map is made from how often tokens meet in a corpus."""
+    return "counts" in inspect.signature(VOCABULARY_MAPS[method]).parameters
+
+
+def count_pairs(
+    blocks: Iterable[Sequence[Piece]],
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    alignment: str = "boundary",
+) -> sparse.csr_array:
+    """How often a source token meets a target token in a corpus, csr (U, V).
+
+    boundary: tokens meet that begin at the same byte, so that the target says the one where the
+    source says the other. dtw: tokens that dynamic time warping pairs, as in FuseChat (2402.16107).
+    """
+    source_ids: list[np.ndarray] = []
+    target_ids: list[np.ndarray] = []
+    for block in blocks:
+        for piece in block:
+            theirs, their_ends = read_piece(source_tokenizer, piece)
+            if alignment == "dtw":
+                warped = align_dtw(
+                    target_tokenizer.convert_ids_to_tokens(piece.ids.tolist()),
+                    source_tokenizer.convert_ids_to_tokens(theirs.tolist()),
+                    target_marker=space_marker(target_tokenizer),
+                    source_marker=space_marker(source_tokenizer),
+                )
+                target = np.repeat(np.arange(len(warped)), [len(found) for found in warped])
+                source = np.concatenate([np.array(found, np.int64) for found in warped])
+            else:
+                begins = [np.append(0, ends[:-1]) for ends in (piece.ends, their_ends)]
+                target, source = align_boundaries(*begins).T
+            source_ids.append(theirs[source])
+            target_ids.append(piece.ids[target])
+    rows, columns = np.concatenate(source_ids), np.concatenate(target_ids)
+    sizes = len(token_bytes(source_tokenizer)), len(token_bytes(target_tokenizer))
+    counts = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=sizes).tocsr()
+    counts.sum_duplicates()
+    return sparse.csr_array(counts)
 
 
 def prefix(
@@ -108,12 +160,8 @@ def min_ed(
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
-    source, target = _spellings(source_tokenizer), _spellings(target_tokenizer)
-    marker, own = _marker(source), _marker(target)
-    if marker and own:
-        source = [token.replace(marker, own) for token in source]
-    by_spelling = {token: index for index, token in reversed(list(enumerate(target)))}
-    images = np.array([by_spelling.get(token, -1) for token in source], dtype=np.int64)
+    images = exact_spelling(source_tokenizer, target_tokenizer)
+    source, target = _respelled(source_tokenizer, target_tokenizer), _spellings(target_tokenizer)
     rest = np.flatnonzero(images < 0)
     for start in range(0, len(rest), 2048):
         rows = rest[start : start + 2048]
@@ -123,15 +171,101 @@ def min_ed(
     return images
 
 
+def statistics(
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    counts: sparse.csr_array,
+) -> np.ndarray:
+    """Each token to the target's token that it meets most often in the corpus.
+
+    Of equally frequent ones the nearest in spelling, then the one of the lowest id. A token that
+    the corpus does not hold goes where `prefix` sends it.
+
+    FuseChat (2402.16107, mapping statistics). Relative to the paper: it hands tokens never seen to
+    UNK or EOS.
+    """
+    entries, distance, _ = _met(source_tokenizer, target_tokenizer, counts)
+    order = np.lexsort((entries.col, distance, -entries.data, entries.row))
+    images = prefix(source_tokenizer, target_tokenizer)
+    _first_of_row(images, entries, order)
+    return images
+
+
+def statistics_reference(
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    counts: sparse.csr_array,
+) -> np.ndarray:
+    r"""Each token to the target's token of the lowest score among those it meets.
+
+        score(u, v) = lev(u, v) · c · sigmoid(count),   c = 0.1 if one holds the other, else 1
+
+    FuseChat's released code. Relative to the paper: the score grows with the count, so that of two
+    equally near tokens the rarer one wins. Tokens never seen go to UNK, or EOS if there is none.
+    """
+    entries, distance, contained = _met(source_tokenizer, target_tokenizer, counts)
+    score = distance * np.where(contained, 0.1, 1.0) / (1 + np.exp(-entries.data))
+    order = np.lexsort((entries.col, score, entries.row))
+    last = target_tokenizer.unk_token_id
+    last = target_tokenizer.eos_token_id if last is None else last
+    images = np.full(counts.shape[0], -1 if last is None else last, dtype=np.int64)
+    _first_of_row(images, entries, order)
+    return images
+
+
+def _met(
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    counts: sparse.csr_array,
+) -> tuple[sparse.coo_array, np.ndarray, np.ndarray]:
+    """The pairs that met, the distance of their spellings, and whether one holds the other."""
+    from rapidfuzz.distance import Levenshtein
+
+    entries = counts.tocoo()
+    source, target = _respelled(source_tokenizer, target_tokenizer), _spellings(target_tokenizer)
+    names = [(source[u], target[v]) for u, v in zip(entries.row, entries.col, strict=True)]
+    distance = np.array([Levenshtein.distance(*pair) for pair in names], dtype=np.int64)
+    return entries, distance, np.array([a in b or b in a for a, b in names], dtype=bool)
+
+
+def _first_of_row(images: np.ndarray, entries: sparse.coo_array, order: np.ndarray) -> None:
+    rows, first = np.unique(entries.row[order], return_index=True)
+    images[rows] = entries.col[order][first]
+
+
+def exact_spelling(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """Each token to the target's token of the same spelling, the space marker aside; −1 for none.
+
+    FuseLLM's exact match (2401.10491, section 3.2, EM), as released.
+    """
+    target = _spellings(target_tokenizer)
+    by_spelling = {token: index for index, token in reversed(list(enumerate(target)))}
+    source = _respelled(source_tokenizer, target_tokenizer)
+    return np.array([by_spelling.get(token, -1) for token in source], dtype=np.int64)
+
+
 def _spellings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(t) for t in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
 
 
-def _marker(spellings: list[str]) -> str:
+def _respelled(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> list[str]:
+    """The source's spellings with its space marker written as the target's."""
+    marker, own = space_marker(source), space_marker(target)
+    if not (marker and own):
+        return _spellings(source)
+    return [token.replace(marker, own) for token in _spellings(source)]
+
+
+def space_marker(tokenizer: PreTrainedTokenizerBase) -> str:
     """How a vocabulary writes a space: what most tokens that begin with a marker begin with."""
-    counts = {m: sum(token.startswith(m) for token in spellings) for m in MARKERS}
-    best = max(MARKERS, key=lambda m: counts[m])
-    return best if counts[best] else ""
+    if tokenizer not in _SPACE_MARKERS:
+        spellings = _spellings(tokenizer)
+        counts = {m: sum(token.startswith(m) for token in spellings) for m in MARKERS}
+        best = max(MARKERS, key=lambda m: counts[m])
+        _SPACE_MARKERS[tokenizer] = best if counts[best] else ""
+    return _SPACE_MARKERS[tokenizer]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
@@ -178,4 +312,8 @@ VOCABULARY_MAPS: dict[str, Callable[..., np.ndarray]] = {
     "prefix": prefix,
     "exact": exact,
     "min_ed": min_ed,
+    "statistics": statistics,
+    "exact@reference": exact_spelling,
+    "min_ed@reference": min_ed,
+    "statistics@reference": statistics_reference,
 }

@@ -18,6 +18,7 @@ from fusion.distributions import open_store
 from fusion.errors import RunError
 from fusion.functions import FUSION_FUNCTIONS, fused_block
 from fusion.models import load_tokenizer
+from fusion.spec import Fuse
 from fusion.tokens import tokenize
 from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
@@ -82,11 +83,13 @@ def main() -> None:
     for name in FUSION_FUNCTIONS:
         fused = [0]
 
-        def work(name: str = name, fused: list[int] = fused) -> None:
+        fuse = Fuse.model_validate({"sources": ["-"], "function": name, "clm_weight": 0.9})
+
+        def work(fuse: Fuse = fuse, fused: list[int] = fused) -> None:
             fused[0] = 0
             for number, block in enumerate(blocks):
                 read = [store.read(number) for store in stores]
-                found, _ = fused_block(name, read, maps, block, {})
+                found, _ = fused_block(fuse, read, maps, block)
                 fused[0] += int(np.count_nonzero(found.covered))
 
         seconds = best(work)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,16 +192,25 @@ def _map(plan: Plan, step: Step) -> dict[str, Any]:
     """The vocabulary map of a pair of tokenizers."""
     from scipy import sparse
 
+    from fusion.corpus import read_blocks
     from fusion.models import load_tokenizer
     from fusion.vocabulary import build as build_map
+    from fusion.vocabulary import count_pairs
 
     folders = [model_folder(plan, step.content[f"{side}_row"]) for side in ("source", "target")]
     source, target = (load_tokenizer(folder) for folder in folders)
     sizes = [vocabulary_size(folder) for folder in folders]
+    counts = None
+    if "corpus" in step.content:
+        blocks = read_blocks(plan.steps[step.content["corpus"]].folder / "blocks.parquet")
+        with bar(f"{step.name} · tokens that meet, blocks", len(blocks)) as progress:
+            counted = _told(blocks, progress)
+            counts = count_pairs(counted, source, target, step.content["alignment"])
     found = build_map(
         source,
         target,
         step.content["method"],
+        counts=counts,
         source_size=sizes[0],
         target_size=sizes[1],
     )
@@ -209,6 +218,12 @@ def _map(plan: Plan, step: Step) -> dict[str, Any]:
     sparse.save_npz(partial, found)
     partial.replace(step.folder / "map.npz")
     return {"source_tokens": found.shape[0], "mapped": int((found.sum(axis=1) > 0).sum())}
+
+
+def _told(items: Sequence[Any], progress: Callable[[int], None]) -> Iterator[Any]:
+    for number, item in enumerate(items):
+        progress(number)
+        yield item
 
 
 def vocabulary_size(folder: Path) -> int:
@@ -226,22 +241,23 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
     train = variant.train
     assert train
     content = step.content
-    fuse = None
-    if train.fuse:
-        stores = [str(plan.steps[key].folder) for key in content["fuse"]["sources"]]
-        maps = [str(plan.steps[key].folder / "map.npz") for key in content["fuse"]["maps"]]
-        fuse = {
-            "sources": [{"store": s, "map": m} for s, m in zip(stores, maps, strict=True)],
-            "function": train.fuse.function,
-            "parameters": train.fuse.parameters,
-            "clm_weight": train.fuse.clm_weight,
-        }
+    assert plan.recipe.corpus
+    sources = []
+    for index, row in enumerate(train.fuse.sources if train.fuse else ()):
+        assert train.fuse
+        source = {"model": str(model_folder(plan, row)), "dtype": train.dtype}
+        source["map"] = str(plan.steps[content["fuse"]["maps"][index]].folder / "map.npz")
+        if not train.fuse.online:
+            source["store"] = str(plan.steps[content["fuse"]["sources"][index]].folder)
+        sources.append(source)
     job = {
         "init": str(model_folder(plan, train.init)),
         "out": str(step.folder),
         "corpus": str(plan.steps[content["corpus"]].folder / "blocks.parquet"),
         "train": train.model_dump(exclude={"fuse", "init", "seed"}),
-        "fuse": fuse,
+        "fuse": train.fuse.model_dump() if train.fuse else None,
+        "sources": sources,
+        "packing": plan.recipe.corpus.packing,
         "seed": content["seed"],
         "machine": {
             "device": device(plan),

@@ -99,13 +99,20 @@ def methods(raw: Mapping) -> Problems:
         at = f"variants.{name}.{kind}"
         if kind == "train" and isinstance(section.get("fuse"), dict):
             from fusion.functions import FUSION_FUNCTIONS, parameters
+            from fusion.losses import OBJECTIVES
+            from fusion.spec import REFERENCE
             from fusion.vocabulary import VOCABULARY_MAPS
 
             fuse = section["fuse"]
+            if fuse.get("fidelity") == "reference":
+                fuse = REFERENCE | fuse
             yield from _method(
                 f"{at}.fuse.function", fuse, "function", FUSION_FUNCTIONS, parameters
             )
             yield from _method(f"{at}.fuse.vocabulary", fuse, "vocabulary", VOCABULARY_MAPS, None)
+            known = OBJECTIVES | {"alm": None}
+            yield from _method(f"{at}.fuse.objective", fuse, "objective", known, None)
+            yield from _unfit(f"{at}.fuse", fuse)
         elif kind == "merge":
             from fusion.merging import MERGE_METHODS, needs_base
             from fusion.merging import parameters as merge_parameters
@@ -119,6 +126,18 @@ def methods(raw: Mapping) -> Problems:
             from harness.rules import parameters as rule_parameters
 
             yield from _method(f"{at}.rule", section, "rule", ENSEMBLE_RULES, rule_parameters)
+
+
+def _unfit(path: str, fuse: Mapping) -> Problems:
+    """Values of a fuse section that are right alone, but not together."""
+    function = fuse.get("function")
+    if fuse.get("objective") == "alm" and function not in ("min_ce", "avg_ce"):
+        yield (
+            f"{path}.function",
+            "objective 'alm' compares chunks: only min_ce or avg_ce weigh them",
+        )
+    if fuse.get("level") == "span" and str(function).endswith("@reference"):
+        yield f"{path}.level", "nats a token mean nothing below a document: block or document"
 
 
 def _method(

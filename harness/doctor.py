@@ -16,6 +16,7 @@ from harness.store import PACKAGES, home
 def listing() -> str:
     """Everything a recipe can name, one line and its reference each."""
     from fusion.functions import FUSION_FUNCTIONS
+    from fusion.losses import OBJECTIVES, alm
     from fusion.merging import MERGE_METHODS
     from fusion.vocabulary import VOCABULARY_MAPS
     from harness.recipe import bundled
@@ -26,6 +27,7 @@ def listing() -> str:
     sections = {
         "suites (evaluate.suites), and lm_eval:TASK for any stock task": suites,
         "fusion functions (train.fuse.function)": _first_lines(FUSION_FUNCTIONS),
+        "objectives (train.fuse.objective)": _first_lines(OBJECTIVES | {"alm": alm}),
         "vocabulary maps (train.fuse.vocabulary)": _first_lines(VOCABULARY_MAPS),
         "merge methods (merge.method)": _first_lines(MERGE_METHODS),
         "ensemble rules (ensemble.rule)": _first_lines(ENSEMBLE_RULES),
@@ -33,7 +35,7 @@ def listing() -> str:
     }
     lines = []
     for title, entries in sections.items():
-        lines += [title, *(f"  {name:<18} {text}" for name, text in entries.items()), ""]
+        lines += [title, *(f"  {name:<20} {text}" for name, text in entries.items()), ""]
     return "\n".join(lines).rstrip()
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusion.alignment import align_boundaries, kinds
+from fusion.corpus import Piece
 from fusion.errors import RecipeError, RunError
 from fusion.tokens import token_bytes, tokenize
-from fusion.vocabulary import build
+from fusion.vocabulary import build, count_pairs, needs_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,15 +74,24 @@ def inspect(
         int(covered.sum()),
         kinds(ours.ends, theirs.ends),
         dict(sorted(classes.items())),
-        _mass(source, target, theirs.ids, method),
+        _mass(source, target, text, theirs.ids, method),
         left.most_common(12),
     )
 
 
 def _mass(
-    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, ids: np.ndarray, method: str
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    text: str,
+    ids: np.ndarray,
+    method: str,
 ) -> dict[str, int]:
-    vocabulary_map = build(source, target, method)
+    counts = None
+    if needs_counts(method):  # the text is all there is to count in
+        tokens = tokenize(target, text)
+        piece = Piece(0, "text", text, False, tokens.ids, tokens.ends)
+        counts = count_pairs([[piece]], source, target)
+    vocabulary_map = build(source, target, method, counts=counts)
     source_bytes, target_bytes = token_bytes(source), token_bytes(target)
     mass = {"kept": 0, "spread": 0, "lost": 0}
     for index in ids:

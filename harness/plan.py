@@ -246,12 +246,15 @@ def _train(out: Plan, name: str, train: Train) -> None:
     content: dict[str, Any] = train.results() | {
         "init": init,
         "corpus": packed.identity,
+        "packing": corpus.packing,
         "seed": seed,
         "version": VERSIONS["train"],
     }
     needs = [init, packed.identity]
     summary = f"{train.init} trained on the corpus"
     if train.fuse:
+        from fusion.vocabulary import needs_counts
+
         fuse = train.fuse
         captures, maps = [], []
         for source in fuse.sources:
@@ -273,15 +276,22 @@ def _train(out: Plan, name: str, train: Train) -> None:
                 tokens=corpus.tokens,
                 disk=corpus.tokens * (10 + 4 * fuse.top_k),
             )
-            captures.append(out.add(step))
-            maps.append(_map_step(out, name, source, train.init, fuse.vocabulary))
+            captures.append(step if fuse.online else out.add(step))
+            counted = None
+            if needs_counts(fuse.vocabulary):
+                counted = {"corpus": packed.identity, "alignment": fuse.alignment}
+            maps.append(_map_step(out, name, source, train.init, fuse.vocabulary, counted))
         content["fuse"] = fuse.results() | {
             "sources": [c.identity for c in captures],
             "maps": [m.identity for m in maps],
         }
-        needs += [step.identity for step in (*captures, *maps)]
+        needs += [step.identity for step in maps]
+        needs += [out.identities[source] for source in fuse.sources]
+        needs += [] if fuse.online else [step.identity for step in captures]
         summary = f"{fuse.function} fusion of {', '.join(fuse.sources)} into {train.init}"
-        summary += f", λ = {fuse.clm_weight:g}"
+        weight = fuse.weight_at
+        summary += f", λ = {weight.start:g}"
+        summary += f" to {weight.end:g}" if weight.end != weight.start else ""
     key = identity({"train": content})
     folder = _place(home, "models", name, key)
     tokens = corpus.tokens * train.epochs
@@ -291,16 +301,27 @@ def _train(out: Plan, name: str, train: Train) -> None:
     out.summaries[name] = summary
 
 
-def _map_step(out: Plan, name: str, source: str, target: str, method: str) -> Step:
-    """The map from one row's vocabulary to another's; it belongs to their tokenizers."""
+def _map_step(
+    out: Plan,
+    name: str,
+    source: str,
+    target: str,
+    method: str,
+    counted: dict[str, str] | None = None,
+) -> Step:
+    """The map from one row's vocabulary to another's; it belongs to their tokenizers.
+
+    counted: the corpus and the alignment whose pairs it is made from, if it is.
+    """
     roots = _root(out.recipe, source), _root(out.recipe, target)
     content = {
         "source": out.identities[roots[0]],
         "target": out.identities[roots[1]],
         "method": method,
         "version": VERSIONS["map"],
-    }
-    needs = out.identities[roots[0]], out.identities[roots[1]]
+    } | (counted or {})
+    corpus = [counted["corpus"]] if counted else []
+    needs = (out.identities[roots[0]], out.identities[roots[1]], *corpus)
     step = _step(out, "map", f"{roots[0]}-to-{roots[1]}", content, needs, name)
     step.content.update(source_row=roots[0], target_row=roots[1])
     return out.add(step)

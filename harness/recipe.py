@@ -13,13 +13,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError
 
 from fusion.errors import RecipeError
-from fusion.spec import Corpus, Dtype, Machine, Section, Source, Variant
+from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant
 from harness.checks import close, methods, names, references, suites
 
 BUNDLED = Path(__file__).parent / "recipes"
@@ -212,20 +213,24 @@ def _model_at(location: Sequence[Any]) -> Any:
     """The Section that a location inside a recipe belongs to, or None."""
     model: Any = Recipe
     for key in location:
-        if isinstance(model, type) and issubclass(model, Section):
+        if _is_section(model):
             field = model.model_fields.get(str(key))
             model = field.annotation if field else None
         else:
             arguments = [a for a in get_args(model) if a is not type(None)]
             model = arguments[-1] if arguments else None
-        arguments = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, Section)]
-        if type(None) in get_args(model) and arguments:
-            model = arguments[0]
-    return model if isinstance(model, type) and issubclass(model, Section) else None
+        if get_origin(model) in (Union, UnionType):
+            shapes = [get_args(a)[0] if get_origin(a) is Annotated else a for a in get_args(model)]
+            model = next((a for a in shapes if _is_section(a)), model)
+    return model if _is_section(model) else None
+
+
+def _is_section(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, Section)
 
 
 def _explain(error: Any, raw: dict) -> tuple[str, str]:
-    location = list(error["loc"])
+    location = [part for part in error["loc"] if part not in SHAPES]
     path = ".".join(str(part) for part in location)
     kind, found = error["type"], error["input"]
     if kind == "extra_forbidden":
@@ -256,6 +261,10 @@ def schema() -> dict[str, Any]:
         "additionalProperties": {"type": "array"},
     }
     out["$defs"]["Variant"]["properties"]["matrix"] = matrix
+    fuse = out["$defs"]["Fuse"]
+    fuse["required"].remove("function")
+    published = {"properties": {"fidelity": {"const": "reference"}}, "required": ["fidelity"]}
+    fuse["anyOf"] = [{"required": ["function"]}, published]
     return out | {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "kfuse recipe",

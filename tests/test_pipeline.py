@@ -113,6 +113,42 @@ def test_killed_at_any_time_it_goes_on(finished: Path, tmp_path: Path, seconds: 
     pd.testing.assert_frame_equal(one[same], two[same], rtol=1e-4, atol=1e-5)
 
 
+COMPARISONS = """
+sources: {llama: {path: "tiny:llama"}, gemma: {path: "tiny:gemma"}, neox: {path: "tiny:neox"}}
+corpus: {path: "tiny:corpus", blocks: 64, tokens: 512}
+variants:
+  clm: {train: {init: llama}}
+  self: {train: {init: llama, fuse: {sources: [llama], function: min_ce, clm_weight: 0.5}}}
+  kd: {train: {init: llama, fuse: {sources: [gemma], function: min_ce, clm_weight: 0.5}}}
+  second: {train: {init: kd, fuse: {sources: [neox], function: min_ce, clm_weight: 0.5}}}
+  other: {train: {init: llama, fuse: {sources: [neox], function: min_ce, clm_weight: 0.5}}}
+  pairwise: {merge: {base: llama, inputs: [kd, other], method: sce}}
+  joint: {train: {init: llama, fuse: {sources: [llama, gemma, neox], function: avg_ce,
+    level: span, vocabulary: statistics, clm_weight: {start: 0.5, end: 1.0}}}}
+  chunks: {train: {init: llama, fuse: {sources: [gemma], function: min_ce, objective: alm,
+    clm_weight: 0.5, online: true}}}
+  faults: {train: {init: llama, fuse: {sources: [llama, gemma], fidelity: reference,
+    clm_weight: 0.5}}}
+evaluate: {suites: [tiny_text]}
+reference: clm
+"""
+
+
+def test_the_comparisons_that_matter_are_recipes(tmp_path: Path) -> None:
+    (tmp_path / "comparisons.yaml").write_text(COMPARISONS)
+    home = tmp_path / "home"
+    done = kfuse("run", str(tmp_path / "comparisons.yaml"), home=home)
+    assert done.returncode == 0, done.stderr
+    (path,) = home.glob("reports/comparisons-*/report.csv")
+    table = pd.read_csv(path)
+    assert table[table.task.isna()].score.notna().all()
+    trained = [p for p in home.glob("models/*/training.csv") if "clm" not in p.parent.name]
+    assert len(trained) == 7
+    assert all((pd.read_csv(p).coverage > 0.1).all() for p in trained)
+    # A source that is run while training leaves no store; gemma's is of the rows that have one.
+    assert len(list(home.glob("distributions/capture-gemma-*"))) == 2  # 16 and 10 entries kept
+
+
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     environment = os.environ | {"KFUSE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "harness.cli", "run", "tiny"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusion.corpus import pack, read_blocks, read_documents, write_blocks
-from fusion.distributions import capture, open_store, predict, read_piece
+from fusion.corpus import pack, read_blocks, read_documents, read_piece, write_blocks
+from fusion.distributions import capture, open_store, predict
 from fusion.errors import RunError
 from fusion.models import load_model, load_tokenizer
 

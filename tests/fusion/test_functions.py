@@ -11,18 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from fusion.corpus import Piece
-from fusion.distributions import Distribution
+from fusion.aligned import Aligned
 from fusion.functions import (
     FUSION_FUNCTIONS,
-    Aligned,
-    align,
     avg_ce,
+    avg_ce_reference,
     avg_entropy,
-    bits_per_byte,
     entropy,
     log_linear,
     min_ce,
+    min_ce_reference,
     min_entropy,
 )
 
@@ -143,29 +141,37 @@ def test_avg_ce_weights_equal_the_recorded_ones(shared: Path) -> None:
         np.testing.assert_allclose(
             fused.probabilities.toarray()[0], case["weights_paper"], atol=1e-12
         )
+        for bfloat16, key in (
+            (False, "weights_reference_code"),
+            (True, "weights_reference_bfloat16"),
+        ):
+            fused = avg_ce_reference(sources, np.array(case["ce"]), bfloat16=bfloat16)
+            found = fused.probabilities.toarray()[0]
+            # Rounded weights do not sum to one; a position's mean is over its weights.
+            expected = np.array(case[key])
+            np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-12)
 
 
-def piece(text: str, ids: list[int], ends: list[int]) -> Piece:
-    return Piece(0, "d", text, False, np.array(ids), np.array(ends))
+def test_min_ce_of_the_published_code_chooses_as_recorded(shared: Path) -> None:
+    recorded = json.loads((shared / "golden" / "fusion.json").read_text())["mince_choice"]["cases"]
+    for case in recorded:
+        sources = [aligned(seed) for seed in range(len(case["ce"]))]
+        losses = np.array(case["ce"])
+        assert min_ce(sources, losses) is sources[case["index_exact"]]
+        assert min_ce_reference(sources, losses) is sources[case["index_reference_bfloat16"]]
 
 
-def test_a_row_moves_only_between_positions_with_the_same_prefix() -> None:
-    block = [piece("abcd", [0, 1, 2], [1, 3, 4]), piece("xy", [3, 4], [1, 2])]
-    source = Distribution(
-        pieces=np.array([0, 0, 1, 1]),
-        ends=np.array([3, 4, 1, 2]),
-        ids=np.array([[0, 1], [1, 0], [2, 1], [0, 2]]),
-        logprobs=np.log([[0.5, 0.25], [0.5, 0.2], [0.6, 0.1], [0.3, 0.2]]),
-        log_tail=np.zeros(4),
-        gold_logprob=np.array([-1.0, np.nan, -2.0, np.nan]),
+def test_below_the_block_every_position_has_its_own_best_source() -> None:
+    everywhere = np.ones(3, bool)
+    one = Aligned(sparse.csr_array(np.tile([0.8, 0.1], (3, 1))), everywhere)
+    two = Aligned(
+        sparse.csr_array([[0.2, 0.3], [0.2, 0.3], [0.0, 0.0]]), np.array([True, True, False])
     )
-    # Source tokens 0 and 1 both become target token 4; source token 2 has no image.
-    images = sparse.csr_array(np.array([[0, 0, 0, 0, 1.0], [0, 0, 0, 0, 1.0], [0, 0, 0, 0, 0]]))
-    found = align(source, block, images)
-    assert found.covered.tolist() == [False, True, False, True, False]
-    dense = found.probabilities.toarray()
-    assert dense[1] == pytest.approx([0, 0, 0, 0, 0.75])  # collisions add up
-    assert dense[3] == pytest.approx([0, 0, 0, 0, 0.1])  # what has no image is tail
-    assert found.tail[3] == pytest.approx(0.9)
-    # Bytes: 4 − 3 read before the first prediction, and 2 − 1.
-    assert bits_per_byte(source, block) == pytest.approx(3.0 / (2 * np.log(2)))
+    bits = np.array([[1.0, 2.0, 2.0], [2.0, 1.0, 1.0]])
+    best = min_ce([one, two], bits).probabilities.toarray()
+    # The better source of the last position does not cover it.
+    np.testing.assert_allclose(best, [[0.8, 0.1], [0.2, 0.3], [0.8, 0.1]])
+    mean = avg_ce([one, two], bits).probabilities.toarray()
+    w = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(mean[0], w * np.array([0.8, 0.1]) + (1 - w) * np.array([0.2, 0.3]))
+    np.testing.assert_allclose(mean[2], [0.8, 0.1])

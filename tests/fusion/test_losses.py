@@ -6,13 +6,17 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from fusion import losses
-from fusion.losses import IGNORED, Targets, fused_loss
+from fusion.aligned import Aligned
+from fusion.functions import _filled, avg_ce, avg_ce_reference, min_ce_reference
+from fusion.losses import IGNORED, OBJECTIVES, Chunks, Targets, alm, fused_loss, gold_logprobs
 
 
 def example(seed: int, T: int, V: int, K: int, D: int = 5) -> tuple:
@@ -117,7 +121,7 @@ def test_positions_without_weight_do_not_move_the_loss() -> None:
 def test_padding_may_stand_anywhere_behind_the_kept_entries() -> None:
     hidden, head, labels, targets = example(9, 6, 10, 3)
     wide = Targets(
-        torch.cat([targets.ids, torch.zeros(6, 4, dtype=torch.long)], 1),
+        torch.cat([targets.ids, torch.full((6, 4), -1)], 1),
         torch.cat([targets.probabilities, torch.zeros(6, 4)], 1),
         targets.weights,
     )
@@ -129,30 +133,195 @@ def test_padding_may_stand_anywhere_behind_the_kept_entries() -> None:
     torch.testing.assert_close(grads[0], grads[1], atol=1e-7, rtol=1e-6)
 
 
-RECORDED = ("typical", "flat-teacher", "k-1", "k-equals-v", "peaked-teacher", "peaked-student")
+def recorded(shared: Path, block: str) -> list[dict]:
+    return json.loads((shared / "golden" / "fusion.json").read_text())[block]["cases"]
 
 
-@pytest.mark.parametrize("name", RECORDED)
-def test_the_tail_bucket_equals_the_recorded_float64_values(shared: Path, name: str) -> None:
-    recorded = json.loads((shared / "golden" / "fusion.json").read_text())["sparse_kl"]["cases"]
-    case = next(c for c in recorded if c["name"] == name)
-    logits = torch.tensor(case["student_logits"], dtype=torch.float32)
-    rows, width = logits.shape
-    for row in range(rows):
+def rows_against(case: dict, p: list[list[float]], ids: list, key: str, weight: float) -> None:
+    """Loss and gradient of each row in float64, through an identity for the head."""
+    logits = torch.tensor(case["student_logits"], dtype=torch.float64)
+    for row in range(len(logits)):
         hidden = logits[row : row + 1].clone().requires_grad_()
         targets = Targets(
-            torch.tensor(case["ids"][row : row + 1]),
-            torch.tensor(case["p"][row : row + 1]),
-            torch.ones(1),
+            torch.tensor([ids[row]]),
+            torch.tensor([p[row]], dtype=torch.float64),
+            torch.ones(1, dtype=torch.float64),
         )
-        loss = fused_loss(hidden, torch.eye(width), torch.zeros(1).long(), targets, 0.0)
+        head = torch.eye(logits.shape[1], dtype=torch.float64)
+        loss = fused_loss(hidden, head, torch.zeros(1).long(), targets, 0.0)
         loss.total.backward()
-        # float32 arithmetic against float64: relative rounding of sums over a dozen terms.
-        expected = case["loss"]["tail_bucket"][row]
-        assert loss.fusion.item() == pytest.approx(expected, rel=2e-5, abs=2e-6)
-        torch.testing.assert_close(
-            hidden.grad[0].double(),
-            torch.tensor(case["grad"]["tail_bucket"][row], dtype=torch.float64),
-            atol=2e-6,
-            rtol=2e-5,
+        losses_, grads = (
+            (case["loss"][key], case["grad"][key])
+            if "loss" in case
+            else (case[f"loss_{key}"], case[f"grad_{key}"])
         )
+        assert loss.fusion.item() == pytest.approx(losses_[row], rel=1e-12, abs=weight)
+        expected = torch.tensor(grads[row], dtype=torch.float64)
+        torch.testing.assert_close(hidden.grad[0], expected, atol=weight, rtol=1e-12)
+
+
+def test_sparse_rows_equal_the_recorded_float64_values(shared: Path) -> None:
+    for case in recorded(shared, "sparse_kl"):
+        # Beyond rounding of the 1 − Σ p that the recorded tail was not made from.
+        rows_against(case, case["p"], case["ids"], "tail_bucket", 2e-12)
+        scaled = [[x / sum(row) for x in row] for row in case["p"]]
+        rows_against(case, scaled, case["ids"], "renormalised", 2e-12)
+
+
+def test_fused_sparse_rows_equal_the_recorded_ones(shared: Path) -> None:
+    for case in recorded(shared, "fuse_sparse"):
+        width = len(case["student_logits"][0])
+        everywhere = np.ones(len(case["student_logits"]), bool)
+        sources = []
+        for source in case["sources"]:
+            p = np.zeros((len(everywhere), width))
+            np.put_along_axis(p, np.array(source["ids"]), np.array(source["p"]), axis=1)
+            sources.append(Aligned(sparse.csr_array(p), everywhere))
+        fused = avg_ce(sources, np.array(case["ce"])).probabilities
+        fused.sort_indices()
+        cut = [slice(*fused.indptr[t : t + 2]) for t in range(len(everywhere))]
+        assert [fused.indices[c].tolist() for c in cut] == case["fused_ids"]
+        for c, p in zip(cut, case["fused_p"], strict=True):
+            np.testing.assert_allclose(fused.data[c], p, atol=1e-12)
+        kept = [fused.data[c].tolist() for c in cut]
+        rows_against(case, kept, case["fused_ids"], "tail_bucket", 2e-12)
+
+
+def fused_rows(case: dict, sequence: dict) -> Aligned:
+    """What the published code makes of one recorded sequence's sources, by our functions."""
+    sources = []
+    for teacher in sequence["teachers"]:
+        p = np.zeros((sequence["max_length"], sequence["vocab"]))
+        for t, (ids, logits) in enumerate(zip(teacher["indices"], teacher["logits"], strict=True)):
+            if ids:
+                softened = np.array(logits) / sequence["temperature"]
+                weights = np.exp(softened - softened.max())
+                p[t, ids] = weights / weights.sum()
+        p[sequence["length"] :, sequence["pad_id"]] = 1.0
+        sources.append(Aligned(sparse.csr_array(p), np.ones(len(p), bool)))
+    losses_ = np.array([teacher["ce"] for teacher in sequence["teachers"]])
+    base = "base" in case["results"][0]["candidates"]
+    if case["weights"] == "paper":
+        return avg_ce(_filled(sources), losses_)
+    if case["rule"] == "avgce":
+        return avg_ce_reference(sources, losses_, base_is_candidate=base, bfloat16=False)
+    two = len(case["results"][0]["candidates"]) == 2 and base
+    return min_ce_reference(
+        sources[:2] if two else sources, losses_[:2] if two else losses_, base_is_candidate=base
+    )
+
+
+def test_whole_steps_equal_the_published_codes(shared: Path) -> None:
+    for case in recorded(shared, "steps"):
+        sequences = case["sequences"]
+        width = sequences[0]["vocab"]
+        for sequence, result in zip(sequences, case["results"], strict=True):
+            p = fused_rows(case, sequence).probabilities.toarray()
+            np.testing.assert_allclose(p, result["target"], atol=1e-12, err_msg=case["name"])
+        logits = torch.tensor([s["student_logits"] for s in sequences], dtype=torch.float64)
+        hidden = logits.flatten(0, 1).requires_grad_()
+        labels = torch.tensor([[*s["labels"][1:], IGNORED] for s in sequences]).flatten()
+        mask = torch.tensor([r["mask"] for r in case["results"]], dtype=torch.float64).flatten()
+        p = torch.tensor([r["target"] for r in case["results"]], dtype=torch.float64)
+        p = p.flatten(0, 1)
+        ids = torch.arange(width).expand(len(p), width)
+        targets = Targets(ids, p, mask / mask.sum())
+        head = torch.eye(width, dtype=torch.float64)
+        loss = fused_loss(hidden, head, labels, targets, case["lambda_effective"])
+        loss.total.backward()
+        entropy = -torch.xlogy(p, p).sum(-1) @ targets.weights
+        offset = entropy if case["loss_type"] == "ce" else 0.0  # same gradient
+        fusion = loss.fusion + offset
+        assert loss.clm.item() == pytest.approx(case["clm_loss"], abs=1e-12)
+        if case["lambda_effective"] < 1:
+            assert float(fusion) == pytest.approx(case["fusion_loss"], abs=1e-12), case["name"]
+            total = loss.total.detach() + (1 - case["lambda_effective"]) * offset
+            assert float(total) == pytest.approx(case["total_loss"], abs=1e-12)
+        grad = torch.tensor(case["grad_student_logits"], dtype=torch.float64).flatten(0, 1)
+        torch.testing.assert_close(hidden.grad, grad, atol=1e-12, rtol=1e-12)
+
+
+def divergence(name: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """An objective from its formula, over explicit outcomes."""
+    if name == "kl":
+        return (p * (p.log() - q.log())).sum()
+    if name == "reverse_kl":
+        return (q * (q.log() - p.log())).sum()
+    if name == "total_variation":
+        return (p - q).abs().sum() / 2
+    middle = (p + q) / 2
+    return (p * (p / middle).log() + q * (q / middle).log()).sum() / 2
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10**6), softcap=st.sampled_from([None, 3.0]))
+def test_objectives_equal_their_formulas(name: str, seed: int, softcap: float | None) -> None:
+    hidden, head, labels, targets = example(seed, 5, 9, 3)
+    one, two = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = fused_loss(one, head, labels, targets, 0.4, objective=name, softcap=softcap)
+    loss.total.backward()
+    z = two @ head.T
+    q = torch.softmax(softcap * torch.tanh(z / softcap) if softcap else z, -1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for t in range(5):
+        kept = q[t, targets.ids[t]]
+        outcomes = torch.cat([kept, (1 - kept.sum())[None]])
+        p = targets.probabilities[t]
+        p = torch.cat([p, (1 - p.sum())[None]])
+        expected = expected + targets.weights[t] * divergence(name, p, outcomes)
+    assert loss.fusion.item() == pytest.approx(expected.item(), abs=1e-10)
+    clm = fused_loss(two, head, labels, None, 1.0, softcap=softcap)
+    (0.4 * clm.total + 0.6 * expected).backward()
+    torch.testing.assert_close(one.grad, two.grad, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_bear_certainty_and_padding(name: str) -> None:
+    hidden, head, labels, targets = example(3, 6, 9, 3)
+    p = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).repeat(6, 1)
+    sure = Targets(targets.ids, p, targets.weights)
+    h = hidden.clone().requires_grad_()
+    loss = fused_loss(h, head, labels, sure, 0.5, objective=name)
+    loss.total.backward()
+    assert math.isfinite(loss.fusion.item())
+    assert h.grad.isfinite().all()
+
+
+def test_alm_equals_its_formula_across_pieces_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    hidden, head, labels, _ = example(11, 8, 10, 2)
+    index = torch.tensor([[-1, 0, 0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 3, 3, 3, -1]]).T
+    index[labels == IGNORED] = -1
+    logprobs = torch.tensor([-4.0, -1.0, -7.0, -3.0], dtype=torch.float64)
+    weights = torch.tensor([0.3, 0.3, 0.2, 0.2], dtype=torch.float64)
+    chunks = Chunks(index, logprobs, weights, temperature=2.0)
+    h, w = (x.clone().requires_grad_() for x in (hidden, head))
+    loss = fused_loss(h, w, labels, chunks, 0.4)
+    loss.total.backward()
+    h2, w2 = (x.clone().requires_grad_() for x in (hidden, head))
+    q = torch.log_softmax(h2 @ w2.T, -1)
+    valid = labels != IGNORED
+    gold = torch.where(valid, q.gather(1, labels.clamp_min(0)[:, None])[:, 0], 0.0)
+    torch.testing.assert_close(gold_logprobs(h2, w2, labels), gold.detach())
+    fusion = torch.zeros((), dtype=torch.float64)
+    for c in range(4):
+        at = (index == c).nonzero()[:, 0]
+        ours, theirs = gold[at].sum() / 2, logprobs[c] / 2
+        p, r = theirs.exp(), ours.exp()
+        kl = p * (p / r).log() + (1 - p) * ((1 - p) / (1 - r)).log()
+        fusion = fusion + weights[c] * kl
+    total = 0.4 * -gold.sum() / valid.sum() + 0.6 * fusion
+    total.backward()
+    assert loss.total.item() == pytest.approx(total.item(), abs=1e-10)
+    assert loss.fusion.item() == pytest.approx(fusion.item(), abs=1e-10)
+    torch.testing.assert_close(h.grad, h2.grad, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(w.grad, w2.grad, atol=1e-10, rtol=1e-8)
+    same = Chunks(
+        index,
+        gold.new_zeros(4).index_add(
+            0, index[index >= 0], gold.detach()[:, None].expand_as(index)[index >= 0]
+        ),
+        weights,
+    )
+    assert alm(gold.detach(), same).item() == pytest.approx(0.0, abs=1e-12)

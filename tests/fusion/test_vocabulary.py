@@ -5,11 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import sparse
 from transformers import PreTrainedTokenizerFast
 
+from fusion.corpus import Piece, pack, read_piece
 from fusion.models import load_tokenizer
-from fusion.vocabulary import VOCABULARY_MAPS, build, min_ed
+from fusion.tokens import tokenize
+from fusion.vocabulary import (
+    VOCABULARY_MAPS,
+    build,
+    count_pairs,
+    exact,
+    min_ed,
+    needs_counts,
+    statistics,
+    statistics_reference,
+)
 
 NAMES = ("llama", "gemma", "neox")
 
@@ -26,6 +39,11 @@ def test_min_ed_is_the_published_codes(shared: Path, pair: tuple[str, str]) -> N
     assert found == list(recorded["map"].values())
 
 
+def corpus(tokenizer: PreTrainedTokenizerFast) -> list:
+    texts = [("d", "The baker counts seven apples, and nobody asks why. " * 4)] * 4
+    return pack(texts, tokenizer, 48, 96, seed=1)
+
+
 @pytest.mark.parametrize("method", VOCABULARY_MAPS)
 @pytest.mark.parametrize("source", NAMES)
 @pytest.mark.parametrize("target", NAMES)
@@ -33,11 +51,13 @@ def test_rows_sum_to_one_or_nothing_and_roles_meet(
     tiny: dict[str, Path], method: str, source: str, target: str
 ) -> None:
     one, other = load_tokenizer(tiny[source]), load_tokenizer(tiny[target])
-    found = build(one, other, method)
+    counts = count_pairs(corpus(other), one, other) if needs_counts(method) else None
+    found = build(one, other, method, counts=counts)
     assert found.shape == (len(one), len(other))
     sums = found.sum(axis=1)
     assert ((sums == 0) | (sums == 1)).all()
-    assert found[[one.eos_token_id], [other.eos_token_id]] == 1
+    if not method.endswith("@reference"):
+        assert found[[one.eos_token_id], [other.eos_token_id]] == 1
 
 
 def test_a_piece_is_preferred_to_the_byte_token_that_spells_the_same(
@@ -53,3 +73,34 @@ def test_a_piece_is_preferred_to_the_byte_token_that_spells_the_same(
 def test_a_vocabulary_is_padded_to_its_models_head(tiny: dict[str, Path]) -> None:
     one, other = load_tokenizer(tiny["llama"]), load_tokenizer(tiny["gemma"])
     assert build(one, other, source_size=600, target_size=700).shape == (600, 700)
+
+
+def test_tokens_that_meet_begin_together(tiny: dict[str, Path]) -> None:
+    source, target = load_tokenizer(tiny["gemma"]), load_tokenizer(tiny["llama"])
+    text = "seven apples, seven"
+    tokens = tokenize(target, text)
+    piece = Piece(0, "d", text, False, tokens.ids, tokens.ends)
+    counts = count_pairs([[piece]], source, target)
+    ids, ends = read_piece(source, piece)
+    begins = {int(b): int(i) for i, b in zip(tokens.ids, [0, *tokens.ends], strict=False)}
+    expected = np.zeros(counts.shape)
+    for index, begin, end in zip(ids, [0, *ends], ends, strict=False):
+        if begin in begins and end > begin:  # BOS has no width
+            expected[index, begins[begin]] += 1
+    assert (counts.toarray() == expected).all()
+    assert count_pairs([[piece]], source, target, "dtw").sum() >= len(tokens.ids)
+
+
+def test_frequent_pairs_win_but_not_in_the_published_score(tiny: dict[str, Path]) -> None:
+    source, target = load_tokenizer(tiny["gemma"]), load_tokenizer(tiny["llama"])
+    a, b, c = (target.convert_tokens_to_ids(token) for token in ("a", "b", "c"))
+    seen, other = (source.convert_tokens_to_ids(token) for token in ("s", "e"))
+    counts = np.zeros((len(source), len(target)))
+    counts[seen, [a, b, c]] = [1, 9, 3]
+    found = statistics(source, target, sparse.csr_array(counts))
+    assert found[seen] == b
+    assert found[other] == exact(source, target)[other]  # never seen: as `prefix` has it
+    # All are at distance one, so the score is a sigmoid of the count, and the rarest wins.
+    found = statistics_reference(source, target, sparse.csr_array(counts))
+    assert found[seen] == a
+    assert found[other] == target.eos_token_id

@@ -91,6 +91,14 @@ def test_all_mistakes_come_in_one_message() -> None:
         ("clm_weight: 0.9", "clm_weight: 1.5", "variants.fused.train.fuse.clm_weight"),
         ("clm_weight: 0.9", 'clm_weight: "0.9"', "number"),
         (", clm_weight: 0.9", "", "clm_weight"),
+        ("clm_weight: 0.9", "clm_weight: {start: 0.9}", "clm_weight.end"),
+        ("clm_weight: 0.9", "clm_weight: {start: 0.9, edn: 1}", "(end?)"),
+        ("clm_weight: 0.9", "clm_weight: 0.9, objective: kll", "(kl?)"),
+        ("clm_weight: 0.9", "clm_weight: 0.9, unaligned: none", "'one_hot@reference'"),
+        ("min_ce", "avg_entropy, objective: alm", "only min_ce or avg_ce"),
+        ("min_ce", "min_ce@reference, level: span", "block or document"),
+        ("function: min_ce", "fidelity: reference, parameters: {bfloat61: false}", "(bfloat16?)"),
+        ("function: min_ce", "fidelity: referense", "'reference'"),
         ("weights: [1, 2]", "wieghts: [1, 2]", "(weights?)"),
         ("method: linear", "method: varm", "works on changes against a base"),
         ("train: {init: a, learning_rate: 1e-4}", "train: {init: clm}", "needs itself"),
@@ -106,6 +114,18 @@ def test_all_mistakes_come_in_one_message() -> None:
 def test_one_mistake(old: str, new: str, expected: str) -> None:
     assert old in GOOD
     assert expected in problems(GOOD.replace(old, new))
+
+
+def test_one_word_says_all_that_the_published_code_does() -> None:
+    text = GOOD.replace("function: min_ce", "fidelity: reference, unaligned: mask")
+    fuse = parse(text, "r").variants["fused"].train.fuse  # type: ignore[union-attr]
+    assert fuse
+    assert fuse.function == "min_ce@reference"
+    assert (fuse.alignment, fuse.vocabulary) == ("dtw", "min_ed@reference")
+    assert (fuse.collision, fuse.tail) == ("first@reference", "renormalise@reference")
+    assert fuse.top_k == 10
+    assert fuse.unaligned == "mask"  # what is written stands
+    assert "fidelity" not in fuse.results()
 
 
 def test_overrides_go_through_the_same_door() -> None:
