@@ -28,13 +28,15 @@ from fusion.models import (
     causal_pattern,
     embedding_rows,
     hidden_states,
-    logits,
+    softcap,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_CHUNK = 256  # positions through the output head at once
+CACHED = 2**21  # logits that are looked at together on a CPU: 8 MiB
+GROUP = 64
 
 
 class Store:
@@ -139,34 +141,83 @@ def capture(
     return Store(path)
 
 
-def predict(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block: Sequence[Piece], k: int
-) -> Distribution:
-    """What `model` predicts in one block, unrounded; pieces do not see each other."""
+def read_block(
+    tokenizer: PreTrainedTokenizerBase, block: Sequence[Piece], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+    """A block as one row without padding: ids, segments, positions (1, S), and byte ends (S,)."""
     read = [read_piece(tokenizer, piece) for piece in block]
     ids = torch.from_numpy(np.concatenate([r[0] for r in read]))[None]
     segments = torch.cat([torch.full((len(r[0]),), i + 1) for i, r in enumerate(read)])[None]
     positions = torch.cat([torch.arange(len(r[0])) for r in read])[None]
-    device = model.device
-    ids, segments, positions = ids.to(device), segments.to(device), positions.to(device)
+    ends = np.concatenate([r[1] for r in read])
+    return ids.to(device), segments.to(device), positions.to(device), ends
+
+
+def predict(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block: Sequence[Piece], k: int
+) -> Distribution:
+    """What `model` predicts in one block, unrounded; pieces do not see each other."""
+    ids, segments, positions, ends = read_block(tokenizer, block, model.device)
     pattern = causal_pattern(segments, torch.ones_like(segments, dtype=torch.bool))
     following = torch.roll(ids[0], -1)
     last = torch.roll(segments[0], -1) != segments[0]
     last[-1] = True
     found: list[tuple[Tensor, ...]] = []
+    head = model.get_output_embeddings()
     with torch.inference_mode():
         hidden = hidden_states(model, ids, positions, pattern)[0]
         for start in range(0, len(hidden), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
-            scores = logits(model, hidden[part])
-            norm = torch.logsumexp(scores, dim=-1, keepdim=True)
-            top = torch.topk(scores, k, dim=-1)
-            logprobs = (top.values - norm).double()
-            # 1 − Σp in double: near certainty the difference is far below float32's step at 1.
-            tail = torch.log((1 - logprobs.exp().sum(-1)).clamp_min(1e-12))
-            gold = scores.gather(1, following[part, None])[:, 0] - norm[:, 0]
-            gold = gold.masked_fill(last[part], float("nan"))
-            found.append((top.indices, logprobs, tail, gold.double()))
+            scores = head(hidden[part])
+            found += _kept(scores, following[part], k, softcap(model))
     columns = [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
-    pieces = segments[0].cpu().numpy() - 1
-    return Distribution(pieces, np.concatenate([r[1] for r in read]), *columns)
+    columns[-1][last.cpu().numpy()] = np.nan
+    return Distribution(segments[0].cpu().numpy() - 1, ends, *columns)
+
+
+def _kept(
+    scores_NV: Tensor, following_N: Tensor, k: int, cap: float | None
+) -> list[tuple[Tensor, ...]]:
+    """Top-k ids and log-probabilities, log tail mass and the next token's log-probability.
+
+    On the CPU a few rows at a time, so that what is read again is still in the cache and no large
+    array is asked of the system: half the time of whole chunks. scores_NV is written over.
+    """
+    count, vocabulary = scores_NV.shape
+    step = max(1, CACHED // vocabulary) if scores_NV.device.type == "cpu" else count
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        z = scores_NV[rows].float()
+        if cap:
+            z = cap * torch.tanh(z / cap)
+        gold = z.gather(1, following_N[rows, None])
+        values, ids = largest(z, k)
+        most = values[:, :1]
+        norm = z.sub_(most).exp_().sum(dim=-1, keepdim=True).log_() + most
+        logprobs = (values - norm).double()
+        # 1 − Σp in double: near certainty the difference is far below float32's step at 1.
+        tail = torch.log((1 - logprobs.exp().sum(-1)).clamp_min(1e-12))
+        found.append((ids, logprobs, tail, (gold - norm)[:, 0].double()))
+    return found
+
+
+def largest(scores_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their indices, as `torch.topk`, in a quarter of its time.
+
+    They lie in the k groups of neighbours whose own largest are largest.
+    """
+    count, width = scores_NV.shape
+    if width < GROUP * 2 * k:
+        found = torch.topk(scores_NV, k, dim=-1)
+        return found.values, found.indices
+    rest = width % GROUP
+    whole = scores_NV[:, : width - rest].unflatten(1, (-1, GROUP))
+    groups = whole.amax(-1).topk(k, dim=-1).indices
+    among = whole.gather(1, groups[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    at = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
+    if rest:
+        last = torch.arange(width - rest, width, device=groups.device).expand(count, -1)
+        among, at = torch.cat([among, scores_NV[:, -rest:]], 1), torch.cat([at, last], 1)
+    found = torch.topk(among, k, dim=-1)
+    return found.values, at.gather(1, found.indices)

@@ -233,8 +233,13 @@ def hidden_states(
 def logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
     """Float32 logits (N, V) of the output head, soft-capped where the model caps them."""
     out = model.get_output_embeddings()(hidden_ND).float()
-    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    cap = softcap(model)
     return cap * torch.tanh(out / cap) if cap else out
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """What the model's logits are capped at, if they are: z becomes c · tanh(z / c)."""
+    return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
 
 
 def log_softmax(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:

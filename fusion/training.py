@@ -28,7 +28,7 @@ from transformers.trainer_utils import set_seed
 from fusion.corpus import Piece, read_blocks
 from fusion.errors import RunError
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
-from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet
+from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
 from fusion.spec import Decay, Fuse
 from fusion.targets import FusedTargets
 
@@ -99,7 +99,7 @@ def attach_loss(model: PreTrainedModel, fuse: Fuse | None) -> None:
     weights, only around calls of the modules that own them.
     """
     head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    cap = softcap(model)
     objective = fuse.objective if fuse and fuse.objective != "alm" else "kl"
     temperature = fuse.source_temperature if fuse else 1.0
 
@@ -124,7 +124,7 @@ def attach_loss(model: PreTrainedModel, fuse: Fuse | None) -> None:
             batch["clm_weight"],
             objective=objective,
             label_weights=batch["label_weights"].flatten(),
-            softcap=softcap,
+            softcap=cap,
         )
         return {"loss": loss.total, "clm": loss.clm, "fusion": loss.fusion}
 

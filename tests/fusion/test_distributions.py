@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fusion.corpus import pack, read_blocks, read_documents, read_piece, write_blocks
-from fusion.distributions import capture, open_store, predict
+from fusion.distributions import capture, largest, open_store, predict
 from fusion.errors import RunError
 from fusion.models import load_model, load_tokenizer
 
@@ -143,3 +145,12 @@ def test_a_flipped_byte_names_its_shard(
     with pytest.raises(RunError, match="cut short"):
         store.read(1)
     assert len(store.read(0).ids)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 20), st.sampled_from([300, 2560, 2600, 5000]))
+def test_the_largest_are_those_of_topk(seed: int, k: int, width: int) -> None:
+    scores = torch.rand(3, width, generator=torch.Generator().manual_seed(seed))
+    values, ids = largest(scores, k)
+    assert (values == scores.topk(k, -1).values).all()
+    assert (scores.gather(1, ids) == values).all()
+    assert all(len(set(row.tolist())) == k for row in ids)

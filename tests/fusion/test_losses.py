@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusion import losses
 from fusion.aligned import Aligned
@@ -96,6 +97,54 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fused_loss(*arguments).total
     monkeypatch.setattr(losses, "CHUNK", 3)
     assert fused_loss(*arguments).total.item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made inside has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = function(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else [out]
+        sizes = [x.numel() for x in made if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("kind", ["kl", "jsd", "alm"])
+def test_logits_of_the_whole_sequence_never_exist(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    hidden, head, labels, targets = example(3, 64, 50, 2)
+    given: Targets | Chunks = targets
+    if kind == "alm":
+        index = torch.arange(64)[:, None] // 3
+        given = Chunks(index, -torch.ones(22).double(), torch.full((22,), 1 / 22).double())
+    hidden.requires_grad_()
+    head.requires_grad_()
+    with Largest() as seen:
+        objective = "kl" if kind == "alm" else kind
+        fused_loss(hidden, head, labels, given, 0.5, objective=objective).total.backward()
+    assert seen.elements <= max(4 * 50, 64 * 5, 50 * 5)
+
+
+def test_a_head_with_more_rows_than_the_tokenizer_has_tokens() -> None:
+    hidden, head, labels, targets = example(4, 8, 12, 3)
+    labels = labels.clamp_max(8)
+    g = torch.Generator().manual_seed(4)
+    ids = torch.stack([torch.randperm(9, generator=g)[:3] for _ in range(8)])
+    h = hidden.clone().requires_grad_()
+    w = head.clone().requires_grad_()
+    padded = Targets(ids, targets.probabilities, targets.weights)
+    fused_loss(h, w, labels, padded, 0.5).total.backward()
+    expected, two = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    dense(expected, two, labels, padded, 0.5)[0].backward()
+    torch.testing.assert_close(h.grad, expected.grad, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(w.grad, two.grad, atol=1e-10, rtol=1e-8)
 
 
 def test_lambda_one_is_exactly_cross_entropy() -> None:
