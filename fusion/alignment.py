@@ -28,10 +28,10 @@ def align_boundaries(target_ends: np.ndarray, source_ends: np.ndarray) -> np.nda
     target, source = np.asarray(target_ends), np.asarray(source_ends)
     last_target = np.flatnonzero(np.append(target[1:] != target[:-1], True)[: len(target)])
     last_source = np.flatnonzero(np.append(source[1:] != source[:-1], True)[: len(source)])
-    _, at_target, at_source = np.intersect1d(
-        target[last_target], source[last_source], assume_unique=True, return_indices=True
-    )
-    return np.stack([last_target[at_target], last_source[at_source]], axis=1)
+    ours, theirs = target[last_target], source[last_source]
+    found = np.minimum(np.searchsorted(theirs, ours), max(len(theirs) - 1, 0))
+    shared = theirs[found] == ours if len(theirs) else np.zeros(len(ours), dtype=bool)
+    return np.stack([last_target[shared], last_source[found[shared]]], axis=1)
 
 
 def kinds(target_ends: np.ndarray, source_ends: np.ndarray) -> dict[str, int]:

@@ -14,9 +14,13 @@ Shapes: S source positions of a block, K kept entries, P pieces.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 CODEC = "planes-zstd-1"
 STEP = 1 / 64  # nats
@@ -72,7 +76,7 @@ def encode(rows: Distribution, vocabulary: int) -> tuple[bytes, int]:
     return pa.compress(raw, codec="zstd", asbytes=True), len(raw)
 
 
-def decode(content: bytes | memoryview, size: int, vocabulary: int) -> Distribution:
+def decode(content: Buffer, size: int, vocabulary: int) -> Distribution:
     """The block that `encode` wrote; size: how many bytes it is uncompressed."""
     raw = np.frombuffer(pa.decompress(content, size, codec="zstd"), np.uint8)
     count, kept, pieces, large = (int(n) for n in raw[:16].view("<u4"))
@@ -80,9 +84,13 @@ def decode(content: bytes | memoryview, size: int, vocabulary: int) -> Distribut
 
     def take(numbers: int, width: int) -> np.ndarray:
         nonlocal at
-        planes = raw[at : at + numbers * width].reshape(width, numbers).astype(np.int64)
+        planes = raw[at : at + numbers * width].reshape(width, numbers)
         at += numbers * width
-        return (planes << (8 * np.arange(width))[:, None]).sum(axis=0)
+        whole = planes[-1].astype(np.int32)
+        for plane in planes[-2::-1]:
+            whole <<= 8
+            whole |= plane
+        return whole
 
     starts = raw[at : at + 4 * pieces].view("<u4").astype(np.int64)
     at += 4 * pieces
@@ -95,7 +103,7 @@ def decode(content: bytes | memoryview, size: int, vocabulary: int) -> Distribut
     ids = take(count * kept, id_bytes(vocabulary)).reshape(count, kept)
     falls = take(count * kept, 1)
     falls[falls == LARGE] += take(large, 2)
-    logprobs = -STEP * np.cumsum(falls.reshape(count, kept), axis=1)
+    logprobs = -STEP * np.cumsum(falls.reshape(count, kept), axis=1, dtype=np.float64)
     log_tail = -STEP * take(count, 2)
     gold = take(count, 2)
     # Rounded numbers sum to one within 1/128; the shift that mends this is as small.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,10 +60,11 @@ class Store:
         file = self.path / entry["shard"]
         if not file.exists() or file.stat().st_size != entry["bytes"]:
             raise RunError(f"{file}: missing or cut short; delete {self.path} and run again")
-        content = np.memmap(file, dtype=np.uint8, mode="r")
-        if hashlib.sha256(content.data).hexdigest() != entry["sha256"]:
+        with file.open("rb") as shard:
+            content = mmap.mmap(shard.fileno(), 0, access=mmap.ACCESS_READ)
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise RunError(f"{file}: checksum differs; delete {self.path} and run again")
-        return decode(content.data, entry["uncompressed"], self.header["vocabulary"])
+        return decode(content, entry["uncompressed"], self.header["vocabulary"])
 
 
 class Online:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from fusion.aligned import Aligned, align
+from fusion.aligned import Aligned, align, row_sums, scaled
 from fusion.codec import Distribution
 from fusion.corpus import Piece
 from fusion.measures import MEASURES
@@ -26,11 +26,10 @@ from fusion.spec import Fuse
 
 
 def _mix(sources: Sequence[Aligned], weights_MT: np.ndarray) -> Aligned:
-    mixed = sum(
-        (sparse.diags_array(w) @ s.probabilities for w, s in zip(weights_MT, sources, strict=True)),
-        start=sparse.csr_array(sources[0].probabilities.shape),
-    )
-    return Aligned(sparse.csr_array(mixed), weights_MT.sum(axis=0) > 0)
+    mixed = scaled(sources[0].probabilities, weights_MT[0])
+    for source, weights_T in zip(sources[1:], weights_MT[1:], strict=True):
+        mixed = mixed + scaled(source.probabilities, weights_T)
+    return Aligned(mixed, weights_MT.sum(axis=0) > 0)
 
 
 def min_ce(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligned:
@@ -150,10 +149,10 @@ def _filled(sources: Sequence[Aligned]) -> list[Aligned]:
     """Rows that are covered but empty (nothing of theirs has an image) are the first source's."""
     filled = []
     for source in sources:
-        empty = source.covered & (source.probabilities.sum(axis=1) == 0)
+        empty = source.covered & (source.tail == 1)
         if empty.any():
-            own = sparse.diags_array(empty.astype(float)) @ sources[0].probabilities
-            source = Aligned(sparse.csr_array(source.probabilities + own), source.covered)
+            own = scaled(sources[0].probabilities, empty.astype(float))
+            source = Aligned(source.probabilities + own, source.covered)
         filled.append(source)
     return filled
 
@@ -199,35 +198,43 @@ def log_linear(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligned
     width = sources[0].probabilities.shape[1]
     covered = np.stack([s.covered for s in sources])
     share = covered / np.maximum(covered.sum(axis=0), 1)
-    union = _mix(sources, np.ones(covered.shape)).probabilities
-    union.sort_indices()
-    counts = np.diff(union.indptr)
-    rows = np.repeat(np.arange(union.shape[0]), counts)
-    keys = rows * width + union.indices
-    logs, rest = np.zeros(union.nnz), np.zeros(union.shape[0])
+    entries = [_entries(source) for source in sources]
+    keys, place = np.unique(np.concatenate([key for key, _ in entries]), return_inverse=True)
+    places = np.split(place, np.cumsum([len(key) for key, _ in entries])[:-1])
+    rows, columns = np.divmod(keys, width)
+    counts = np.bincount(rows, minlength=covered.shape[1])
+    logs, rest = np.zeros(len(keys)), np.zeros(len(counts))
     with np.errstate(divide="ignore", invalid="ignore"):
-        for source, weight in zip(sources, share, strict=True):
-            kept = (source.probabilities > 0).sum(axis=1)
-            spread = source.tail / np.maximum(width - kept, 1)
-            found = np.zeros(union.nnz)
-            entries = source.probabilities.tocoo()
-            some = entries.data > 0  # exp underflows to 0 below −745 nats
-            place = np.searchsorted(keys, (entries.row * width + entries.col)[some])
-            np.add.at(found, place, entries.data[some])
-            logs += _weighted(weight[rows], np.log(np.where(found > 0, found, spread[rows])))
-            rest += _weighted(weight, np.log(spread))
+        for source, weight, (key, p), at in zip(sources, share, entries, places, strict=True):
+            kept = np.bincount(key // width, minlength=len(counts))
+            spread = np.log(source.tail / np.maximum(width - kept, 1))
+            said = spread[rows]
+            said[at] = np.log(p)
+            logs += _weighted(weight[rows], said)
+            rest += _weighted(weight, spread)
         mass = np.exp(logs)
-        total = np.bincount(rows, mass, len(rest)) + (width - counts) * np.exp(rest)
-    union.data = mass / np.where(total > 0, total, 1.0)[rows]
+        total = np.bincount(rows, mass, len(counts)) + (width - counts) * np.exp(rest)
     says = covered.any(axis=0) & (total > 0)
-    return Aligned(sparse.csr_array(sparse.diags_array(says.astype(float)) @ union), says)
+    mass *= (says / np.where(total > 0, total, 1.0))[rows]
+    pointers = np.concatenate([[0], np.cumsum(counts)])
+    return Aligned(sparse.csr_array((mass, columns, pointers), shape=(len(counts), width)), says)
+
+
+def _entries(source: Aligned) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each entry as one number, and its probability where that is not nothing.
+
+    exp underflows to 0 below −745 nats.
+    """
+    rows = source.probabilities
+    owner = np.repeat(np.arange(rows.shape[0], dtype=np.int64), np.diff(rows.indptr))
+    some = rows.data > 0
+    return (owner * rows.shape[1] + rows.indices)[some], rows.data[some]
 
 
 def entropy(source: Aligned) -> np.ndarray:
     """Entropy of each row in nats, (T,), its tail counted as one outcome."""
-    p = source.probabilities
-    plogp = sparse.csr_array((_plogp(p.data), p.indices, p.indptr), shape=p.shape)
-    return -(plogp.sum(axis=1) + _plogp(source.tail))
+    rows = source.probabilities
+    return -(row_sums(rows, _plogp(rows.data)) + _plogp(source.tail))
 
 
 def _plogp(p: np.ndarray) -> np.ndarray:
