@@ -180,8 +180,8 @@ def min_entropy(sources: Sequence[Aligned], bits_per_byte: np.ndarray) -> Aligne
 
         P[t] = P^m[t],   m = argmin_j H(P^j[t])  over the sources that cover t
 
-    A tie goes to the earlier source. Not in the paper: MinCE (FuseLLM 2401.10491, section 3.3)
-    chooses one source for a whole sequence.
+    A tie goes to the earlier source. Not in the paper, whose MinCE chooses one source for a whole
+    sequence.
     """
     uncertainty = np.stack([np.where(s.covered, entropy(s), np.inf) for s in sources])
     return _chosen(sources, uncertainty.argmin(axis=0))

@@ -11,6 +11,8 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
 _SPACE = "\u2581"  # SentencePiece's visible space
 
 
@@ -60,6 +63,13 @@ def family(tokenizer: PreTrainedTokenizerBase) -> str:
     if "Metaspace" in decoder or "ByteFallback" in decoder or _SPACE in decoder:
         return "sentencepiece"
     return "other"
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer is: the hash of its vocabulary, rules and roles, whatever its model."""
+    roles = {role: getattr(tokenizer, role) for role in ROLES}
+    content = tokenizer.backend_tokenizer.to_str() + json.dumps(roles)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:

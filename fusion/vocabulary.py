@@ -21,14 +21,13 @@ from scipy import sparse
 
 from fusion.alignment import MARKERS, align_boundaries, align_dtw
 from fusion.corpus import Piece, read_piece
-from fusion.tokens import token_bytes
+from fusion.tokens import ROLES, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SPACE_MARKERS: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _FALLBACK = re.compile("<0x[0-9A-F]{2}>")
-ROLES = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
 
 
 def load_map(path: str | Path) -> sparse.csr_array:

@@ -20,7 +20,17 @@ import psutil
 from fusion.errors import RunError
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say
-from harness.store import finish, read_manifest, require_space, world, write_json
+from harness.store import (
+    finish,
+    identity,
+    provenance,
+    read_manifest,
+    require_space,
+    world,
+    write_json,
+)
+
+MAP_KEYS = ("method", "version", "corpus", "alignment")  # of a map's content, its tokenizers aside
 
 
 def build(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
@@ -170,15 +180,23 @@ def _capture(plan: Plan, step: Step) -> dict[str, Any]:
     from fusion.corpus import read_blocks
     from fusion.distributions import capture
     from fusion.models import load_model, load_tokenizer
+    from fusion.tokens import fingerprint
 
     blocks = read_blocks(plan.steps[step.content["corpus"]].folder / "blocks.parquet")
     folder = model_folder(plan, step.content["row"])
     model = load_model(folder, step.content["dtype"], device(plan))
-    header = {k: v for k, v in step.content.items() if k != "row"}
+    tokenizer = load_tokenizer(folder)
+    header = {
+        "model": step.content["source"],
+        "tokenizer": fingerprint(tokenizer),
+        "corpus": step.content["corpus"],
+        "dtype": step.content["dtype"],
+        "code": provenance() | {"capture": step.content["version"]},
+    }
     with bar(f"{step.name} · distributions, blocks", len(blocks)) as progress:
         store = capture(
             model,
-            load_tokenizer(folder),
+            tokenizer,
             blocks,
             step.folder,
             step.content["top_k"],
@@ -189,17 +207,25 @@ def _capture(plan: Plan, step: Step) -> dict[str, Any]:
 
 
 def _map(plan: Plan, step: Step) -> dict[str, Any]:
-    """The vocabulary map of a pair of tokenizers."""
+    """The vocabulary map of a pair of tokenizers; one made for another pair of models will do."""
     from scipy import sparse
 
     from fusion.corpus import read_blocks
     from fusion.models import load_tokenizer
+    from fusion.tokens import fingerprint
     from fusion.vocabulary import build as build_map
     from fusion.vocabulary import count_pairs
 
     folders = [model_folder(plan, step.content[f"{side}_row"]) for side in ("source", "target")]
     source, target = (load_tokenizer(folder) for folder in folders)
     sizes = [vocabulary_size(folder) for folder in folders]
+    content = {k: v for k, v in step.content.items() if k in MAP_KEYS}
+    pair = identity(content | {"of": [fingerprint(source), fingerprint(target), *sizes]})
+    for manifest in sorted(step.folder.parent.glob("map-*/manifest.json")):
+        facts = (read_manifest(manifest.parent) or {}).get("facts", {})
+        if facts.get("pair") == pair:
+            shutil.copyfile(manifest.with_name("map.npz"), step.folder / "map.npz")
+            return facts
     counts = None
     if "corpus" in step.content:
         blocks = read_blocks(plan.steps[step.content["corpus"]].folder / "blocks.parquet")
@@ -217,7 +243,8 @@ def _map(plan: Plan, step: Step) -> dict[str, Any]:
     partial = step.folder / ".map.npz"
     sparse.save_npz(partial, found)
     partial.replace(step.folder / "map.npz")
-    return {"source_tokens": found.shape[0], "mapped": int((found.sum(axis=1) > 0).sum())}
+    mapped = int((found.sum(axis=1) > 0).sum())
+    return {"source_tokens": found.shape[0], "mapped": mapped, "pair": pair}
 
 
 def _told(items: Sequence[Any], progress: Callable[[int], None]) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 import socket
 import sys
@@ -40,15 +41,15 @@ def listing() -> str:
 
 
 def _first_lines(functions: Mapping[str, Callable]) -> dict[str, str]:
-    """The first sentence of each docstring, and the paper it names."""
+    """The first sentence of each docstring, and the paper or released code it names."""
     out = {}
     for name, function in functions.items():
         text = inspect.getdoc(function) or ""
-        first = text.splitlines()[0] if text else ""
-        reference = next(
-            (x.partition("(")[2].rstrip("): ") for x in text.splitlines() if "Relative to" in x), ""
-        )
-        out[name] = first + (f" ({reference})" if reference and reference not in first else "")
+        paper = re.search(r"([A-Z][\w-]*(?: et al\.)?) \(?(\d{4}\.\d{5})", text)
+        code = re.search(r"([A-Z]\w*)'s released code", text)
+        cited = f"{paper[1]} {paper[2]}" if paper else f"{code[1]}'s released code" if code else ""
+        first = text.partition("\n")[0]
+        out[name] = f"{first} ({cited})" if cited and cited not in first else first
     return out
 
 

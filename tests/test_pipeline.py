@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ["llama", "gemma", "neox", "clm", "fused", "merged", "pack"]
@@ -147,6 +148,29 @@ def test_the_comparisons_that_matter_are_recipes(tmp_path: Path) -> None:
     assert all((pd.read_csv(p).coverage > 0.1).all() for p in trained)
     # A source that is run while training leaves no store; gemma's is of the rows that have one.
     assert len(list(home.glob("distributions/capture-gemma-*"))) == 2  # 16 and 10 entries kept
+
+
+def test_models_of_one_tokenizer_share_its_maps(tiny: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny["gemma"], other)
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, other / "model.safetensors")
+    home = tmp_path / "home"
+    for name, path in (("one", tiny["gemma"]), ("two", other)):
+        recipe = tmp_path / f"{name}.yaml"
+        content = {
+            "sources": {"llama": {"path": str(tiny["llama"])}, name: {"path": str(path)}},
+            "variants": {"pack": {"ensemble": {"members": ["llama", name], "rule": "top1"}}},
+            "evaluate": {"suites": ["tiny_text"]},
+            "reference": "llama",
+        }
+        recipe.write_text(json.dumps(content))
+        assert kfuse("build", str(recipe), home=home).returncode == 0
+        if name == "one":
+            (made,) = home.glob("distributions/map-*/map.npz")
+            made.write_bytes(b"made once")
+    contents = [m.read_bytes() for m in home.glob("distributions/map-*/map.npz")]
+    assert contents == [b"made once"] * 2
 
 
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:

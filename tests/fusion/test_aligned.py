@@ -37,7 +37,9 @@ def expected_rows(outputs: dict) -> list[dict[int, float]]:
     return rows
 
 
-@pytest.mark.parametrize(("method", "key"), [("exact@reference", "hard"), ("min_ed", "soft")])
+@pytest.mark.parametrize(
+    ("method", "key"), [("exact@reference", "hard"), ("min_ed@reference", "soft")]
+)
 def test_the_published_codes_rows(shared: Path, method: str, key: str) -> None:
     golden = shared / "golden"
     tokenizers = {

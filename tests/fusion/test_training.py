@@ -12,15 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import sparse
 
-from fusion.corpus import pack, read_documents, write_blocks
+from fusion.corpus import pack, read_blocks, read_documents, write_blocks
 from fusion.distributions import capture
+from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
-from fusion.training import last_checkpoint, train
+from fusion.training import Blocks, last_checkpoint, train
 from fusion.vocabulary import build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -166,6 +168,21 @@ def test_bfloat16_arithmetic_stays_near_float32(
         # bfloat16 has eight bits: three digits of a loss near six.
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=0.03)
     assert weights(tmp_path / "half")["model.norm.weight"].dtype == torch.float32
+
+
+def test_packing_says_whether_documents_see_each_other(prepared: dict[str, Any]) -> None:
+    blocks = read_blocks(Path(prepared["corpus"]))
+    block = [*blocks[0], *blocks[1]]
+    first = len(block[0].ids)
+    apart, together = Blocks([block])[0], Blocks([block], together=True)[0]
+    assert (apart["input_ids"] == together["input_ids"]).all()
+    assert apart["segments"][first] == 2
+    assert apart["position_ids"][first] == 0
+    assert apart["labels"][first - 1] == IGNORED
+    assert (together["segments"] == 1).all()
+    assert (np.diff(together["position_ids"]) == 1).all()
+    assert together["labels"][first - 1] == block[1].ids[0]
+    assert together["labels"][-1] == IGNORED
 
 
 def changed(prepared: dict[str, Any], out: Path, **fuse: Any) -> list[dict[str, str]]:
