@@ -5,6 +5,7 @@ Shapes: B rows, Q new positions, D hidden width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,11 @@ class _Reserved(DynamicLayer):
         self.used += new
         self.keys, self.values = (room[..., : self.used, :] for room in self.room)
         return self.keys, self.values
+
+    def rewind(self, slots: int) -> None:
+        """Forget all but the first slots."""
+        self.used = slots
+        self.keys, self.values = (room[..., :slots, :] for room in self.room)
 
     def choose(self, rows: Tensor | None, slots: Tensor | None) -> None:
         """Keep these rows and slots only."""
@@ -89,6 +95,30 @@ class GrowingCache:
         allowed = allowed | (slot[None, None, :] == slot[past:][None, :, None])
         self.lengths = self.lengths + here.sum(1)
         return hidden_states(self.model, ids, positions, allowed, self.positions, self.cache)
+
+    def spread(self, rows: int) -> GrowingCache:
+        """Another cache of this many rows, all with what the one row has read."""
+        out = copy.copy(self)
+        out.cache = copy.deepcopy(self.cache)
+        out.keep(torch.zeros(rows, dtype=torch.long, device=self.valid.device))
+        return out
+
+    def beside(self, ids_Q: Tensor, positions_Q: Tensor, allowed_QQ: Tensor) -> Tensor:
+        """Hidden states (Q, D) of tokens after what the one row has read, which then forgets them.
+
+        positions_Q count from the end of what was read; allowed_QQ: which of the new tokens see
+        which; all see what was read.
+        """
+        past = self.valid.shape[1]
+        read = torch.ones((len(ids_Q), past), dtype=torch.bool, device=ids_Q.device)
+        positions = (positions_Q + past)[None]
+        allowed = torch.cat([read, allowed_QQ], dim=1)[None]
+        keys = torch.cat([self.positions, positions], dim=1)
+        hidden = hidden_states(self.model, ids_Q[None], positions, allowed, keys, self.cache)
+        for layer in self.cache.layers:
+            assert isinstance(layer, _Reserved)
+            layer.rewind(past)
+        return hidden[0]
 
     def take_back(self, row: int, count: int) -> None:
         """Forget a row's last `count` tokens."""

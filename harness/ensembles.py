@@ -22,8 +22,9 @@ from torch import Tensor
 from fusion.models import log_softmax, logits
 from fusion.tokens import tokenize
 from harness.caching import GrowingCache
+from harness.packing import alike
 from harness.rules import ENSEMBLE_RULES
-from harness.scoring import LM, Generation, Instance, Pair, Scored, SharedPrefixLM, Stopper, alike
+from harness.scoring import LM, Generation, Instance, Pair, Scored, SharedPrefixLM, Stopper
 
 MIXING = "probabilities: scoring by chunk between common token ends, generation by token"
 

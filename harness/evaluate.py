@@ -1,15 +1,15 @@
 """Measure one row on one suite: lm-eval's tasks, prompts, filters and metrics; our run loop.
 
 Raw records are appended as Parquet parts, a batch of items each, and scores are derived from them
-in
-a second pass that needs no model, so an interrupted measurement loses one batch, and every metric
-can be computed again. Prompts are built once for the whole task, whatever is left to do.
+in a second pass that needs no model, so an interrupted measurement loses one batch, and every
+metric can be computed again. Prompts are built once for the whole task, whatever is left to do.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 CHOICE_ITEMS = 64  # items whose log-likelihoods are written together
+BEGINNING = 400  # characters that all prompts of a task begin with, for it to go through alone
+ALONE = 8  # items of a task for that; fewer fill no batch
 
 
 @dataclass
@@ -187,11 +189,16 @@ def _cost(folder: Path, seconds: float, tokens: int) -> dict[str, float]:
 
 
 def _batches(items: Sequence[Item], generate_rows: int) -> Iterator[list[Item]]:
-    """Items of one kind and like length together, whatever their task."""
-    kinds: dict[str, list[Item]] = {}
+    """Items of one kind and like length together; a task whose prompts begin alike by itself."""
+    together: dict[tuple[str, str], list[Item]] = {}
     for item in items:
-        kinds.setdefault(item.requests[0].request_type, []).append(item)
-    for kind, group in kinds.items():
+        together.setdefault((item.requests[0].request_type, item.task), []).append(item)
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for (kind, task), some in together.items():
+        alike = os.path.commonprefix([str(item.requests[0].args[0]) for item in some])
+        alone = len(some) >= ALONE and len(alike) >= BEGINNING
+        groups.setdefault((kind, task if alone else ""), []).extend(some)
+    for (kind, _), group in groups.items():
         size = generate_rows if kind == "generate_until" else CHOICE_ITEMS
         group = sorted(group, key=lambda item: -sum(len(str(r.args)) for r in item.requests))
         for start in range(0, len(group), size):

@@ -34,7 +34,9 @@ from fusion.models import (
     logits,
 )
 from harness.caching import GrowingCache
+from harness.packing import alike, batches, beginnings, filled
 
+PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
 SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
 HEAD_CHUNK = 512  # positions through the output head at once
 TOLERANCE = 2e-2  # nats; how far tree attention may be from plain attention before it is not used
@@ -68,48 +70,8 @@ class Generation:
 
 
 Pair = tuple[list[int], list[int]]  # context ids, continuation ids
+Row = tuple[list[int], list[int], list[int]]  # ids, segments, positions
 Tree = tuple[list[int], list[list[int]], Any]  # context ids, its continuations, who asked
-
-
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in order of length, so many together that padded rows stay within a token budget."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices in order of length, at most `most` together, none shorter than half the longest."""
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if group and (len(group) == most or lengths[index] * 2 < lengths[group[0]]):
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
-
-
-def _split(members: Sequence[int], pairs: Sequence[Pair], most: int) -> Iterator[list[int]]:
-    """Members of one context in groups whose continuations together keep to `most` tokens.
-
-    Attention is quadratic in a row's length: beyond this, a context read again costs less.
-    """
-    some: list[int] = []
-    size = 0
-    for index in members:
-        length = len(pairs[index][1])
-        if some and size + length > most:
-            yield some
-            some, size = [], 0
-        some.append(index)
-        size += length
-    yield some
 
 
 class Stopper:
@@ -136,6 +98,32 @@ class Stopper:
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _row(context: list[int], continuations: list[list[int]]) -> Row:
+    """A context and its continuations side by side, less their last: ids, segments, positions."""
+    ids, segments = list(context), [0] * len(context)
+    positions = list(range(len(context)))
+    for number, tokens in enumerate(continuations, 1):
+        own = len(tokens) - 1
+        ids += tokens[:-1]
+        segments += [number] * own
+        positions += range(len(context), len(context) + own)
+    return ids, segments, positions
+
+
+def _wanted(context: int, continuations: list[list[int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """The slots of such a row whose next tokens are each continuation's, and those tokens."""
+    start = context
+    for tokens in continuations:
+        own = range(start, start + len(tokens) - 1)
+        yield [context - 1, *own][: len(tokens)], tokens
+        start = own.stop
+
+
+def _size(tree: Tree) -> int:
+    """Tokens of the row that a tree becomes."""
+    return len(tree[0]) + sum(max(0, len(tokens) - 1) for tokens in tree[1])
 
 
 @register_model("kfuse")
@@ -248,39 +236,84 @@ class SharedPrefixLM(TemplateLM):
         trees: list[Tree] = []
         for key, members in groups.items():
             context = [token for token in key if token >= 0]
-            for some in _split(members, pairs, max(len(context), SIDE_BY_SIDE)):
-                trees.append((context, [pairs[i][1] for i in some], some))
+            # Attention is quadratic in a row's length: beyond this, reading again costs less.
+            most = max(len(context), SIDE_BY_SIDE)
+            for some in filled([len(pairs[i][1]) for i in members], most):
+                own = [members[i] for i in some]
+                trees.append((context, [pairs[i][1] for i in own], own))
+        share: list[tuple[int, list[int]]] = []
+        rest = list(range(len(trees)))
+        if self._shares and not contexts:
+            share, rest = beginnings([context for context, _, _ in trees])
         out: dict[int, Scored] = {}
-        sizes = [len(c) + sum(max(0, len(x) - 1) for x in xs) for c, xs, _ in trees]
-        for batch in batches(sizes, self.batch_tokens):
-            found = self._score_trees([trees[i] for i in batch], contexts)
-            for tree, scored in zip(batch, found, strict=True):
-                out.update(zip(trees[tree][2], scored, strict=True))
+        for length, members in share:
+            for tree, scored in self._score_after(length, [trees[i] for i in members]):
+                out.update(zip(tree[2], scored, strict=True))
+        alone = [trees[i] for i in rest]
+        for batch in batches([_size(tree) for tree in alone], self.batch_tokens):
+            found = self._score_trees([alone[i] for i in batch], contexts)
+            for index, scored in zip(batch, found, strict=True):
+                out.update(zip(alone[index][2], scored, strict=True))
         return [out[index] for index in range(len(pairs))]
+
+    def _score_after(
+        self, length: int, trees: Sequence[Tree]
+    ) -> Iterator[tuple[Tree, list[Scored]]]:
+        """Trees whose contexts share their first tokens, which are read once, in packed rows."""
+        device = self.model.device
+        cache = self._begun(trees[0][0][:length])
+        with torch.inference_mode():
+            sizes = [_size(tree) - length for tree in trees]
+            for some in filled(sizes, min(self.batch_tokens, max(length // 2, PACKED))):
+                pack = [trees[i] for i in some]
+                rows = [_row(context[length:], xs) for context, xs, _ in pack]
+                ids, segments, positions = (
+                    torch.tensor([x for row in rows for x in row[i]], device=device)
+                    for i in range(3)
+                )
+                owner = torch.repeat_interleave(
+                    torch.arange(len(rows)), torch.tensor([len(row[0]) for row in rows])
+                ).to(device)
+                same = owner[:, None] == owner[None, :]
+                valid = torch.ones_like(ids, dtype=torch.bool)[None]
+                seen = causal_pattern(segments[None], valid)[0] & same
+                self.forward_tokens += len(ids)
+                hidden = cache.beside(ids, positions, seen)
+                slots, gold, sizes_ = [], [], []
+                start = 0
+                for (context, xs, _), row in zip(pack, rows, strict=True):
+                    for at, tokens in _wanted(len(context) - length, xs):
+                        slots += [start + slot for slot in at]
+                        gold += tokens
+                        sizes_.append(len(tokens))
+                    start += len(row[0])
+                found = self._split(hidden[slots], gold, sizes_)
+                for tree in pack:
+                    scored = [next(found) for _ in tree[1]]
+                    yield tree, [Scored(lp, bool(best.all())) for lp, best in scored]
+
+    def _begun(self, ids: list[int]) -> GrowingCache:
+        """A cache of one row that has read these tokens."""
+        cache = GrowingCache(self.model, 1)
+        with torch.inference_mode():
+            cache.feed([ids])
+        self.forward_tokens += len(ids)
+        return cache
 
     def _score_trees(self, trees: Sequence[Tree], contexts: bool = False) -> list[list[Scored]]:
         """One row a tree: context, then its continuations side by side, less their last token."""
-        rows: list[tuple[list[int], list[int], list[int]]] = []
-        wanted: list[tuple[int, list[int], list[int]]] = []  # row, slots, the tokens they predict
-        for row, (context, continuations, _) in enumerate(trees):
-            ids, segments = list(context), [0] * len(context)
-            positions = list(range(len(context)))
+        rows = [_row(context, continuations) for context, continuations, _ in trees]
+        at_row, at_slot, gold, sizes = [], [], [], []
+        for number, (context, continuations, _) in enumerate(trees):
+            wanted = list(_wanted(len(context), continuations))
             if contexts:
-                wanted.append((row, list(range(len(context) - 1)), context[1:]))
-            for number, tokens in enumerate(continuations, 1):
-                own = range(len(ids), len(ids) + len(tokens) - 1)
-                ids += tokens[:-1]
-                segments += [number] * len(own)
-                positions += range(len(context), len(context) + len(own))
-                wanted.append((row, [len(context) - 1, *own][: len(tokens)], tokens))
-            rows.append((ids, segments, positions))
-        hidden = self._hidden(rows)
-        at_row = torch.tensor([row for row, slots, _ in wanted for _ in slots])
-        at_slot = torch.tensor([slot for _, slots, _ in wanted for slot in slots])
-        gold = torch.tensor([token for _, _, tokens in wanted for token in tokens])
-        logprobs, greedy = self._gather(hidden[at_row, at_slot], gold)
-        sizes = [len(tokens) for _, _, tokens in wanted]
-        parts = iter(zip(logprobs.split(sizes), greedy.split(sizes), strict=True))
+                wanted.insert(0, (list(range(len(context) - 1)), context[1:]))
+            for slots, tokens in wanted:
+                at_row += [number] * len(slots)
+                at_slot += slots
+                gold += tokens
+                sizes.append(len(tokens))
+        parts = self._split(self._hidden(rows)[at_row, at_slot], gold, sizes)
         out = []
         for _, continuations, _ in trees:
             read = float(next(parts)[0].sum()) if contexts else 0.0
@@ -288,7 +321,14 @@ class SharedPrefixLM(TemplateLM):
             out.append([Scored(lp, bool(best.all()), read) for lp, best in found])
         return out
 
-    def _hidden(self, rows: Sequence[tuple[list[int], list[int], list[int]]]) -> Tensor:
+    def _split(
+        self, hidden: Tensor, gold: list[int], sizes: list[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log-probabilities and whether greedy, of each continuation's tokens."""
+        logprobs, greedy = self._gather(hidden, torch.tensor(gold))
+        yield from zip(logprobs.split(sizes), greedy.split(sizes), strict=True)
+
+    def _hidden(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states (B, T, D) of rows of ids, segments and positions, padded to one width."""
         width = max(len(ids) for ids, _, _ in rows)
         stacked = [
@@ -338,9 +378,14 @@ class SharedPrefixLM(TemplateLM):
         """Greedy generations with their finish reasons; rows leave the batch when they stop."""
         out: dict[int, Generation] = {}
         prepared = [self.prompt(request) for request in requests]
-        for rows in alike([len(ids) for ids, _ in prepared], self.generate_rows):
-            self._generate([prepared[i] for i in rows], rows, out)
-            done(len(out))
+        share, rest = beginnings([ids for ids, _ in prepared])
+        for length, members in [*share, (0, rest)]:
+            begun = self._begun(prepared[members[0]][0][:length]) if length else None
+            for some in alike([len(prepared[i][0]) for i in members], self.generate_rows):
+                rows = [members[i] for i in some]
+                cache = begun.spread(len(rows)) if begun else GrowingCache(self.model, len(rows))
+                self._generate([prepared[i] for i in rows], rows, out, cache, length)
+                done(len(out))
         return [out[index] for index in range(len(requests))]
 
     def prompt(self, request: Instance) -> tuple[list[int], Stopper]:
@@ -363,11 +408,13 @@ class SharedPrefixLM(TemplateLM):
         prepared: Sequence[tuple[list[int], Stopper]],
         rows: Sequence[int],
         out: dict[int, Generation],
+        cache: GrowingCache,
+        read: int,
     ) -> None:
-        cache = GrowingCache(self.model, len(rows))
+        """Go on after the `read` tokens that the cache holds of every row."""
         alive = list(range(len(rows)))
         made: list[list[int]] = [[] for _ in rows]
-        feed = [ids for ids, _ in prepared]
+        feed = [ids[read:] for ids, _ in prepared]
         with torch.inference_mode():
             while alive:
                 self.forward_tokens += sum(map(len, feed))
@@ -388,4 +435,4 @@ class SharedPrefixLM(TemplateLM):
                 feed = [[made[row][-1]] for row in alive]
 
 
-__all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper", "alike"]
+__all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from fusion.errors import RunError
-from harness.scoring import SharedPrefixLM, batches
+from harness.packing import SHARED, batches, beginnings, filled
+from harness.scoring import SharedPrefixLM
 
 NAMES = ("llama", "gemma", "neox")
 QUESTIONS = [
@@ -117,9 +120,81 @@ def test_sampling_is_refused(both: tuple[SharedPrefixLM, HFLM]) -> None:
         both[0].generate([request])
 
 
+SHOTS = "".join(f"Q: who {deed}?\nA: the baker\n\n" for deed in PROMPTS * 4)
+
+
+def shared_choices() -> list[Instance]:
+    """Questions behind two sets of solved ones, and some behind none."""
+    out = choices()
+    for shots in (SHOTS, SHOTS[9:]):
+        for question, answers in QUESTIONS[:2] + QUESTIONS[5:]:
+            out += [instance("loglikelihood", shots + question, answer) for answer in answers]
+    return out
+
+
+def test_a_beginning_that_is_read_once_changes_no_score(
+    both: tuple[SharedPrefixLM, HFLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = both
+    for name, limit in (("batch_tokens", 4096), ("batch_tokens", 7)):
+        monkeypatch.setattr(ours, name, limit)
+        before = ours.forward_tokens
+        found = ours.loglikelihood(shared_choices())
+        read = ours.forward_tokens - before
+        for mine, other in zip(found, theirs.loglikelihood(shared_choices(), True), strict=True):
+            assert mine[0] == pytest.approx(other[0], abs=1e-4)
+            assert mine[1] == other[1]
+        # Once for each set of shots, not once for each question.
+        assert read < 3 * len(ours.tok_encode(SHOTS)) + 300
+
+
+def test_a_beginning_that_is_read_once_changes_no_text(both: tuple[SharedPrefixLM, HFLM]) -> None:
+    ours, theirs = both
+    stop = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    requests = [instance("generate_until", SHOTS + p, stop) for p in PROMPTS]
+    requests += [instance("generate_until", p, stop) for p in PROMPTS]
+    before = ours.forward_tokens
+    assert ours.generate_until(requests) == theirs.generate_until(requests, True)
+    assert ours.forward_tokens - before < 2 * len(ours.tok_encode(SHOTS)) + 300
+
+
 def test_batches_keep_to_the_budget_and_lose_nothing() -> None:
     lengths = [5, 9, 1, 30, 7, 7, 2]
     found = list(batches(lengths, 20))
     assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
     for batch in found:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 20
+
+
+CONTEXTS = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12
+)
+
+
+@given(CONTEXTS)
+def test_what_begins_alike_is_found_and_nothing_is_lost(made: list[tuple[int, int, int]]) -> None:
+    contexts = [
+        [task] * 100 + [shots] * (SHARED + 10 * task) + [7 + n] * n for task, shots, n in made
+    ]
+    groups, rest = beginnings(contexts)
+    assert sorted([*rest, *(i for _, members in groups for i in members)]) == list(
+        range(len(contexts))
+    )
+    for length, members in groups:
+        assert len(members) > 1
+        assert length >= SHARED
+        assert len({tuple(contexts[i][:length]) for i in members}) == 1
+        assert all(length < len(contexts[i]) for i in members)
+    for index in rest:
+        assert not any(
+            contexts[index][:150] == other[:150]
+            for number, other in enumerate(contexts)
+            if number != index and min(len(other), len(contexts[index])) > 150
+        )
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(1, 20))
+def test_packs_are_filled_in_order(sizes: list[int], most: int) -> None:
+    packs = list(filled(sizes, most))
+    assert [i for pack in packs for i in pack] == list(range(len(sizes)))
+    assert all(len(pack) == 1 or sum(sizes[i] for i in pack) <= most for pack in packs)
