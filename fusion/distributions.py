@@ -26,17 +26,17 @@ from fusion.codec import CODEC, STEP, Distribution, decode, encode
 from fusion.corpus import Piece, read_piece
 from fusion.errors import RunError
 from fusion.models import (
+    HEAD_CHUNK,
     causal_pattern,
     embedding_rows,
     hidden_states,
+    in_parts,
     softcap,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD_CHUNK = 256  # positions through the output head at once
-CACHED = 2**21  # logits that are looked at together on a CPU: 8 MiB
 GROUP = 64
 
 
@@ -182,17 +182,10 @@ def _kept(
 ) -> list[tuple[Tensor, ...]]:
     """Top-k ids and log-probabilities, log tail mass and the next token's log-probability.
 
-    On the CPU a few rows at a time, so that what is read again is still in the cache and no large
-    array is asked of the system: half the time of whole chunks. scores_NV is written over.
+    scores_NV is written over.
     """
-    count, vocabulary = scores_NV.shape
-    step = max(1, CACHED // vocabulary) if scores_NV.device.type == "cpu" else count
     found: list[tuple[Tensor, ...]] = []
-    for start in range(0, count, step):
-        rows = slice(start, start + step)
-        z = scores_NV[rows].float()
-        if cap:
-            z = cap * torch.tanh(z / cap)
+    for rows, z in in_parts(scores_NV, cap):
         gold = z.gather(1, following_N[rows, None])
         values, ids = largest(z, k)
         most = values[:, :1]

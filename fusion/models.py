@@ -27,6 +27,8 @@ from fusion.errors import RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+HEAD_CHUNK = 256  # positions through the output head at once
+CACHED = 2**21  # logits that are looked at together on a CPU: 8 MiB
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -235,6 +237,37 @@ def logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
     out = model.get_output_embeddings()(hidden_ND).float()
     cap = softcap(model)
     return cap * torch.tanh(out / cap) if cap else out
+
+
+def in_parts(scores_NV: Tensor, cap: float | None) -> Iterator[tuple[slice, Tensor]]:
+    """Float32 logits, soft-capped, a few rows at a time; they may be written over.
+
+    On the CPU so few that what is read again is still in the cache and no large array is asked of
+    the system: half the time of the whole. On other devices all at once.
+    """
+    count, vocabulary = scores_NV.shape
+    step = max(1, CACHED // vocabulary) if scores_NV.device.type == "cpu" else count
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        z = scores_NV[rows].float()
+        yield rows, cap * torch.tanh(z / cap) if cap else z
+
+
+def token_logprobs(
+    model: PreTrainedModel, hidden_ND: Tensor, tokens_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Natural log-probability of each position's token, and whether it is the likeliest, (N,)."""
+    logprobs, greedy = [], []
+    head, cap = model.get_output_embeddings(), softcap(model)
+    for start in range(0, len(hidden_ND), HEAD_CHUNK):
+        tokens = tokens_N[start : start + HEAD_CHUNK]
+        for rows, z in in_parts(head(hidden_ND[start : start + HEAD_CHUNK]), cap):
+            gold = z.gather(1, tokens[rows, None])[:, 0]
+            most, best = z.max(dim=-1)
+            norm = z.sub_(most[:, None]).exp_().sum(dim=-1).log_() + most
+            logprobs.append(gold - norm)
+            greedy.append(best == tokens[rows])
+    return torch.cat(logprobs), torch.cat(greedy)
 
 
 def softcap(model: PreTrainedModel) -> float | None:

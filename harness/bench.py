@@ -29,6 +29,7 @@ from fusion.training import Blocks, collate
 from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
 from harness.build import build, device, model_folder
+from harness.peers import scoring
 from harness.plan import Plan, plan
 from harness.progress import say
 from harness.recipe import load
@@ -200,6 +201,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "fusion": fusion,
     "capture": capture,
     "loss": loss,
+    "scoring": scoring,
 }
 
 

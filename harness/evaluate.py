@@ -86,7 +86,14 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
             include_defaults=False,
             metadata={"data_dir": str(data)},
         )
-        tasks = manager.load([task.name for task in suite.tasks])["tasks"]
+        try:
+            tasks = manager.load([task.name for task in suite.tasks])["tasks"]
+        except (OSError, ValueError) as error:  # of `datasets`, where the hub is out of reach
+            what = str(error).partition("\n")[0][:200]
+            raise RunError(
+                f"suite {name}: its questions cannot be had ({what}); it needs the network once, "
+                "or a copy of the data in HF_DATASETS_CACHE"
+            ) from error
         tasks = {task.name: tasks[task.name] for task in suite.tasks}
     totals = {task: len(list(tasks[task].eval_docs)) for task in tasks}
     chosen = sample(totals, limit, seed)

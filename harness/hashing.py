@@ -63,13 +63,15 @@ def definition_hash(suite: str) -> str:
     import tasks
 
     root = Path(tasks.__file__).parent
-    texts = {path.name: path.read_text() for path in sorted((root / "definitions").rglob("*.yaml"))}
+    folder = root / "definitions"
+    texts = {path: path.read_text() for path in sorted(folder.rglob("*.yaml"))}
     wanted = {f"task: {task.name}" for task in load_suite(suite).tasks}
-    used = {name for name, text in texts.items() if wanted & set(text.splitlines())}
-    for name in list(used):
-        included = re.findall(r"^include: (\S+)$", texts[name], re.MULTILINE)
-        used |= {Path(include).name for include in included}
-    content = {name: texts[name] for name in sorted(used)}
+    used = {path for path, text in texts.items() if wanted & set(text.splitlines())}
+    for path in list(used):
+        included = re.findall(r"^include: (\S+)$", texts[path], re.MULTILINE)
+        used |= {(path.parent / include).resolve() for include in included}
+    content = {path.name: texts[path] for path in sorted(used)}
     content["suite"] = repr(load_suite(suite))
-    content["data"] = (root / "definitions" / "data.py").read_text()
+    for module in {m for path in used for m in re.findall(r"!function (\w+)\.", texts[path])}:
+        content[module] = (folder / f"{module}.py").read_text()
     return identity({"files": content, "lm_eval": version("lm-eval")})

@@ -30,15 +30,14 @@ from fusion.models import (
     hidden_states,
     load_model,
     load_tokenizer,
-    log_softmax,
     logits,
+    token_logprobs,
 )
 from harness.caching import GrowingCache
 from harness.packing import alike, batches, beginnings, filled
 
 PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
 SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
-HEAD_CHUNK = 512  # positions through the output head at once
 TOLERANCE = 2e-2  # nats; how far tree attention may be from plain attention before it is not used
 
 
@@ -342,14 +341,9 @@ class SharedPrefixLM(TemplateLM):
             return hidden_states(self.model, ids, positions, pattern)
 
     def _gather(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs, greedy = [], []
-        for start in range(0, len(hidden), HEAD_CHUNK):
-            with torch.inference_mode():
-                part = log_softmax(self.model, hidden[start : start + HEAD_CHUNK])
-            gold = tokens[start : start + HEAD_CHUNK].to(part.device)
-            logprobs.append(part.gather(1, gold[:, None])[:, 0].double().cpu())
-            greedy.append((part.argmax(-1) == gold).cpu())
-        return torch.cat(logprobs), torch.cat(greedy)
+        with torch.inference_mode():
+            logprobs, greedy = token_logprobs(self.model, hidden, tokens.to(hidden.device))
+        return logprobs.double().cpu(), greedy.cpu()
 
     def _tree_works(self) -> bool:
         """Whether a drawn attention pattern gives what the plain model gives, on one small tree."""
@@ -435,4 +429,11 @@ class SharedPrefixLM(TemplateLM):
                 feed = [[made[row][-1]] for row in alive]
 
 
-__all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper"]
+def stock(pretrained: str, dtype: str = "float32", batch_size: int = 16) -> LM:
+    """lm-eval's own transformers backend on the same weights: the oracle and the peer."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained, dtype=dtype, batch_size=batch_size, softmax_dtype="float32")
+
+
+__all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper", "stock"]

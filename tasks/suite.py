@@ -1,7 +1,8 @@
 """What a suite is, and how one is found by name.
 
-A suite is a file of this room whose name is the suite's name; it holds one literal SUITE. Its tasks
-are lm-eval tasks, defined in `definitions/`. Nothing here measures anything: harness does.
+A suite is a file of this room whose name is the suite's name, with __ for @ (`commonsense@fusellm`
+is a paper's protocol); it holds one literal SUITE. Its tasks are lm-eval tasks, defined in
+`definitions/`. Nothing here measures anything: harness does.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ DEFINITIONS = ROOM / "definitions"  # lm-eval's include_path
 
 _NOT_SUITES = ("__init__", "suite", "datasets", "passages")
 _BBH = (
-    "suite 'bbh': its 6,511 questions do not come with any package that kfuse fetches; what does "
-    "come are its 81 solved exemplars, and that suite is named bbh81, since its scores are no BBH "
-    "scores. With the hub or a local copy of the data (HF_DATASETS_CACHE), measure all 27 stock "
-    "tasks as lm_eval:bbh_cot_fewshot"
+    "suite 'bbh': name the protocol. bbh@fusellm has all 6,511 questions, from the hub or a local "
+    "copy (HF_DATASETS_CACHE); lm_eval:bbh_cot_fewshot is lm-eval's; bbh81 asks the 81 solved "
+    "exemplars, which come with lm-eval, and its scores are no BBH scores"
 )
 
 
@@ -56,7 +56,8 @@ class Suite:
 
 def known_suites() -> list[str]:
     """Names of all suites, sorted."""
-    return sorted(path.stem for path in ROOM.glob("*.py") if path.stem not in _NOT_SUITES)
+    stems = [path.stem for path in ROOM.glob("*.py") if path.stem not in _NOT_SUITES]
+    return sorted(stem.replace("__", "@") for stem in stems)
 
 
 def load_suite(name: str) -> Suite:
@@ -71,7 +72,8 @@ def load_suite(name: str) -> Suite:
             f"suite '{name}' is unknown; known: {', '.join(known)}{hint}; "
             "a stock task of lm-eval is written lm_eval:TASK"
         )
-    suite = importlib.import_module(f"tasks.{name}").SUITE
+    module = name.replace("@", "__")
+    suite = importlib.import_module(f"tasks.{module}").SUITE
     if suite.name != name:
-        raise ValueError(f"tasks/{name}.py holds the suite '{suite.name}'; name both alike")
+        raise ValueError(f"tasks/{module}.py holds the suite '{suite.name}'; name both alike")
     return suite

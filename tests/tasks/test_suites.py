@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from lm_eval.tasks import TaskManager
@@ -14,14 +15,14 @@ from tasks.datasets import DATASETS, held_out, passages
 from tasks.suite import DEFINITIONS, known_suites, load_suite
 
 
-def exemplar_documents(task: str) -> list[dict]:
+def functions(file: str = "data.py") -> ModuleType:
     """As lm-eval reads them: the file is loaded by its path."""
-    spec = importlib.util.spec_from_file_location("definitions_data", DEFINITIONS / "data.py")
+    spec = importlib.util.spec_from_file_location("definitions", DEFINITIONS / file)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.exemplar_documents(task)
+    return module
 
 
 @pytest.mark.parametrize("name", known_suites())
@@ -47,7 +48,7 @@ def test_the_81_exemplars_are_asked_without_their_own_solution() -> None:
     assert len(tasks) == 27
     total = 0
     for task in tasks:
-        documents = exemplar_documents(task.name.removeprefix("kfuse_bbh81_"))
+        documents = functions().exemplar_documents(task.name.removeprefix("kfuse_bbh81_"))
         total += len(documents)
         for document in documents:
             assert document["input"] not in document["shots"]
@@ -95,3 +96,9 @@ def test_prompts_are_those_of_the_stock_tasks(shared: Path, tmp_path: Path) -> N
         (f"Question: {rows[0]['question']}\nAnswer:", f" {text}")
         for text in rows[0]["choices"]["text"]
     ]
+
+
+def test_the_published_protocol_takes_what_stands_before_the_full_stop() -> None:
+    said = ["So the answer is (B). Q: …", "It is 4.", "The answer is 3.5. The answer is 4.", ""]
+    found = functions("bbh.py").answers([[text] for text in said], [{}] * 4)
+    assert found == [["(B)"], ["It is 4."], ["3"], [""]]

@@ -1,0 +1,58 @@
+"""BIG-Bench Hard as FuseLLM reports it: 27 tasks, 6,511 questions, three solved exemplars each.
+
+The protocol is open-instruct's of late 2023: the official chain-of-thought prompts, "Q: …" and
+"A:" behind them, greedy, at most 512 tokens, a blank line ends; the answer is what follows "the
+answer is" up to the next full stop, else everything; case and punctuation are ignored; an
+unweighted mean over the tasks. It departs from it where that code stops at the last ids of a blank
+line only: stop strings are exact here.
+
+Questions come from the hub, or without it from HF_DATASETS_CACHE; they are in no package.
+"""
+
+from tasks.suite import Suite, Task
+
+SUITE = Suite(
+    name="bbh@fusellm",
+    title="BBH (FuseLLM)",
+    tasks=tuple(
+        Task(
+            f"kfuse_bbh_fusellm_{name}",
+            "exact_match",
+            True,
+            None,
+            name.replace("_", " "),
+            filter="get-answer",
+            shots=3,
+        )
+        for name in (
+            "boolean_expressions",
+            "causal_judgement",
+            "date_understanding",
+            "disambiguation_qa",
+            "dyck_languages",
+            "formal_fallacies",
+            "geometric_shapes",
+            "hyperbaton",
+            "logical_deduction_five_objects",
+            "logical_deduction_seven_objects",
+            "logical_deduction_three_objects",
+            "movie_recommendation",
+            "multistep_arithmetic_two",
+            "navigate",
+            "object_counting",
+            "penguins_in_a_table",
+            "reasoning_about_colored_objects",
+            "ruin_names",
+            "salient_translation_error_detection",
+            "snarks",
+            "sports_understanding",
+            "temporal_sequences",
+            "tracking_shuffled_objects_five_objects",
+            "tracking_shuffled_objects_seven_objects",
+            "tracking_shuffled_objects_three_objects",
+            "web_of_lies",
+            "word_sorting",
+        )
+    ),
+    reference="FuseLLM 2401.10491, table 1",
+)
