@@ -1,7 +1,7 @@
 """Load, convert and call causal language models; the only file that calls `from_pretrained`.
 
 Revision, dtype, attention and offline behaviour are decided here once. A model is called through
-`hidden_states` (body, with an attention pattern that the caller draws) and `log_softmax` (output
+`hidden_states` (body, with an attention pattern that the caller draws) and `token_logprobs` (output
 head in float32), so that logits for a whole sequence never have to exist. Nothing here knows what
 a model is used for.
 
@@ -273,8 +273,3 @@ def token_logprobs(
 def softcap(model: PreTrainedModel) -> float | None:
     """What the model's logits are capped at, if they are: z becomes c · tanh(z / c)."""
     return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-
-
-def log_softmax(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    """Natural log-probabilities (N, V), float32."""
-    return torch.log_softmax(logits(model, hidden_ND), dim=-1)

@@ -43,7 +43,13 @@ def requests(task):
     total = len(task.eval_docs)
     some = list(range(0, total, max(1, total // 1000)))
     task.build_all_requests(samples=some, rank=0, world_size=1)
-    return [(i.doc_id, i.idx, i.args, task.doc_to_target(i.doc)) for i in task.instances]
+    return [(i.doc_id, i.idx, i.args, target(task, i.doc)) for i in task.instances]
+def target(task, doc):
+    # Some tasks give the right choice itself where others give its number.
+    found, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+    if found in choices:
+        return choices.index(found)
+    return int(found) if str(found).isdigit() else found
 theirs = stock.load([group])["tasks"]
 found = {}
 for name in names:
