@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fusion.models import hidden_states
-from harness.packing import alike
 
 
 class _Reserved(DynamicLayer):
@@ -105,35 +103,6 @@ class GrowingCache:
         out.keep(torch.zeros(rows, dtype=torch.long, device=self.valid.device))
         return out
 
-    @staticmethod
-    def joined(caches: Sequence[GrowingCache]) -> GrowingCache:
-        """The rows of several caches in one, their last slots together, so that they go on as one.
-
-        The caches are taken apart and must not be used again.
-        """
-        out = caches[0]
-        if len(caches) == 1:
-            return out
-        width = max(cache.valid.shape[1] for cache in caches)
-
-        def right(states: Sequence[Tensor], trailing: int) -> Tensor:
-            """Rows of different width stacked, what is missing on the left."""
-            missing = [(0,) * 2 * trailing + (width - x.shape[-1 - trailing], 0) for x in states]
-            padded = [pad(x, m) for x, m in zip(states, missing, strict=True)]
-            return torch.cat(padded)
-
-        out.valid = right([cache.valid for cache in caches], 0)
-        out.positions = right([cache.positions for cache in caches], 0)
-        out.lengths = torch.cat([cache.lengths for cache in caches])
-        for layers in zip(*(cache.cache.layers for cache in caches), strict=True):
-            layer = layers[0]
-            assert isinstance(layer, _Reserved)
-            layer.keys = right([x.keys for x in layers], 1)
-            layer.values = right([x.values for x in layers], 1)
-            layer.used = width
-            layer.room = [layer.keys, layer.values]
-        return out
-
     def beside(self, ids_Q: Tensor, positions_Q: Tensor, allowed_QQ: Tensor) -> Tensor:
         """Hidden states (Q, D) of tokens after what the one row has read, which then forgets them.
 
@@ -169,24 +138,3 @@ class GrowingCache:
         for layer in self.cache.layers:
             assert isinstance(layer, _Reserved)
             layer.choose(rows, slots)
-
-
-def prefill(
-    model: Any, prompts: Sequence[list[int]], begun: GrowingCache | None = None
-) -> tuple[GrowingCache, list[Tensor]]:
-    """One cache of rows that have read their prompts, and each row's hidden states, (its T, D).
-
-    Rows of like length are read together. begun: a cache of one row that all go on from.
-    """
-    caches, order = [], []
-    hidden: dict[int, Tensor] = {}
-    for some in alike([len(ids) for ids in prompts], len(prompts)):
-        cache = begun.spread(len(some)) if begun else GrowingCache(model, len(some))
-        found = cache.feed([prompts[i] for i in some])
-        hidden |= {i: found[at, -len(prompts[i]) :] for at, i in enumerate(some)}
-        caches.append(cache)
-        order += some
-    whole = GrowingCache.joined(caches)
-    if order != sorted(order):
-        whole.keep(torch.tensor(order, device=whole.valid.device).argsort())
-    return whole, [hidden[i] for i in range(len(prompts))]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusion.models import logits, token_logprobs
 from fusion.tokens import tokenize
-from harness.caching import GrowingCache, prefill
+from harness.caching import GrowingCache
 from harness.packing import alike
 from harness.rules import ENSEMBLE_RULES
 from harness.scoring import LM, Generation, Instance, Pair, Scored, SharedPrefixLM, Stopper
@@ -114,7 +114,7 @@ class EnsembleLM(LM):
         out: dict[int, Generation] = {}
         prepared = [self.members[0].prompt(request) for request in requests]
         lengths = [len(ids) for ids, _ in prepared]
-        for rows in alike(lengths, self.members[0].generate_rows, within=4):
+        for rows in alike(lengths, self.members[0].generate_rows):
             with torch.inference_mode():
                 batch = _Speaking(self, [requests[i] for i in rows], [prepared[i][1] for i in rows])
                 out |= zip(rows, batch.run(), strict=True)
@@ -176,7 +176,7 @@ class _Speaking:
         self.contexts = [request.args[0] for request in requests]
         self.alive = list(range(len(requests)))
         self.made: list[list[int]] = [[] for _ in requests]
-        self.caches: list[GrowingCache] = []
+        self.caches = [GrowingCache(member.model, len(requests)) for member in ensemble.members]
         self.weights = np.zeros((len(ensemble.members), len(requests)))
         self.read: list[list[list[int]]] = []  # member, row: ids in its cache
         self.skipped: list[list[int]] = []  # member, row: ids cut from the left of the prompt
@@ -190,7 +190,7 @@ class _Speaking:
         """Generate until every row has stopped."""
         out: dict[int, Generation] = {}
         last = self._prefill()
-        current = [np.ones(len(self.alive), dtype=bool)] * len(last)
+        current = [np.ones(len(self.alive), dtype=bool)] * len(self.caches)
         while True:
             going = []
             for slot, (row, token) in enumerate(
@@ -215,16 +215,16 @@ class _Speaking:
         """Read the prompts; weigh the members by how likely each found them."""
         last: list[Tensor] = []
         bits = []
-        for member, ids in zip(self.ensemble.members, self.read, strict=True):
-            cache, hidden = prefill(member.model, ids)
-            self.caches.append(cache)
+        for member, cache, ids in zip(self.ensemble.members, self.caches, self.read, strict=True):
+            hidden = cache.feed(ids)
             member.forward_tokens += sum(map(len, ids))
+            width = hidden.shape[1]
             scores = []
-            for row, (tokens, states) in enumerate(zip(ids, hidden, strict=True)):
-                total = 0.0
-                if len(tokens) > 1:
+            for row, tokens in enumerate(ids):
+                states, total = hidden[row, width - len(tokens) : -1], 0.0
+                if len(states):
                     gold = torch.tensor(tokens[1:], device=states.device)
-                    total = float(token_logprobs(member.model, states[:-1], gold)[0].double().sum())
+                    total = float(token_logprobs(member.model, states, gold)[0].double().sum())
                 text = (
                     self.contexts[row]
                     if not self.skipped[len(last)][row]
@@ -232,7 +232,7 @@ class _Speaking:
                 )
                 scores.append(member_bits(member, text, tokens, total))
             bits.append(scores)
-            last.append(torch.stack([states[-1] for states in hidden]))
+            last.append(hidden[:, -1])
         self.weights = np.stack(
             [self.ensemble.weigh(column) for column in np.array(bits).T], axis=1
         )

@@ -19,14 +19,11 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def alike(lengths: Sequence[int], most: int, within: int = 2) -> Iterator[list[int]]:
-    """Indices in order of length, at most `most` together, the longest `within` times the shortest.
-
-    Reading is quadratic in length and pads; going on from what was read forgives more.
-    """
+def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices in order of length, at most `most` together, none shorter than half the longest."""
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if group and (len(group) == most or lengths[index] * within < lengths[group[0]]):
+        if group and (len(group) == most or lengths[index] * 2 < lengths[group[0]]):
             yield group
             group = []
         group.append(index)

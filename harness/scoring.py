@@ -33,7 +33,7 @@ from fusion.models import (
     logits,
     token_logprobs,
 )
-from harness.caching import GrowingCache, prefill
+from harness.caching import GrowingCache
 from harness.packing import alike, batches, beginnings, filled
 
 PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
@@ -375,10 +375,10 @@ class SharedPrefixLM(TemplateLM):
         share, rest = beginnings([ids for ids, _ in prepared])
         for length, members in [*share, (0, rest)]:
             begun = self._begun(prepared[members[0]][0][:length]) if length else None
-            lengths = [len(prepared[i][0]) for i in members]
-            for some in alike(lengths, self.generate_rows, within=4):
+            for some in alike([len(prepared[i][0]) for i in members], self.generate_rows):
                 rows = [members[i] for i in some]
-                self._generate([prepared[i] for i in rows], rows, out, begun, length)
+                cache = begun.spread(len(rows)) if begun else GrowingCache(self.model, len(rows))
+                self._generate([prepared[i] for i in rows], rows, out, cache, length)
                 done(len(out))
         return [out[index] for index in range(len(requests))]
 
@@ -402,19 +402,17 @@ class SharedPrefixLM(TemplateLM):
         prepared: Sequence[tuple[list[int], Stopper]],
         rows: Sequence[int],
         out: dict[int, Generation],
-        begun: GrowingCache | None,
+        cache: GrowingCache,
         read: int,
     ) -> None:
-        """Go on after the `read` tokens that `begun` holds of every row."""
+        """Go on after the `read` tokens that the cache holds of every row."""
         alive = list(range(len(rows)))
         made: list[list[int]] = [[] for _ in rows]
         feed = [ids[read:] for ids, _ in prepared]
         with torch.inference_mode():
-            cache, hidden = prefill(self.model, feed, begun)
-            last = torch.stack([states[-1] for states in hidden])
-            while True:
+            while alive:
                 self.forward_tokens += sum(map(len, feed))
-                best = logits(self.model, last).argmax(-1).tolist()
+                best = logits(self.model, cache.feed(feed)[:, -1]).argmax(-1).tolist()
                 going = []
                 for slot, (row, token) in enumerate(zip(alive, best, strict=True)):
                     made[row].append(token)
@@ -423,20 +421,21 @@ class SharedPrefixLM(TemplateLM):
                         out[rows[row]] = finished
                     else:
                         going.append(slot)
-                if not going:
-                    return
                 if len(going) < len(alive):
+                    if not going:
+                        return
                     cache.keep(torch.tensor(going, device=self.model.device))
                 alive = [alive[slot] for slot in going]
                 feed = [[made[row][-1]] for row in alive]
-                last = cache.feed(feed)[:, -1]
 
 
-def stock(pretrained: str, dtype: str = "float32", batch_size: int = 16) -> LM:
+def stock(pretrained: str, device: str, dtype: str = "float32", batch_size: int = 16) -> LM:
     """lm-eval's own transformers backend on the same weights: the oracle and the peer."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained, dtype=dtype, batch_size=batch_size, softmax_dtype="float32")
+    return HFLM(
+        pretrained, device=device, dtype=dtype, batch_size=batch_size, softmax_dtype="float32"
+    )
 
 
 __all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper", "stock"]
