@@ -74,7 +74,8 @@ def align(
         P[t] = Aᵀ p[s]    for each pair (t, s)
 
     vocabulary_map: A, csr (U, V), rows sum to at most 1. Mass without an image becomes tail.
-    pairs (P, 2): positions of target and source, by default those that have read the same bytes.
+    pairs (P, 2): positions of target (ascending) and source, by default those that have read the
+    same bytes.
     unaligned: a position in no pair is left out (`mask`), says the token that follows (`one_hot`)
     or its own token (`one_hot@reference`). collision: source tokens with one image add up (`sum`)
     or the likeliest alone counts (`first@reference`). tail: kept as mass on unknown tokens

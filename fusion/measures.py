@@ -77,7 +77,8 @@ def _spans(sources: Sequence[Distribution], block: Sequence[Piece]) -> np.ndarra
     columns = []
     for piece, *read in zip(block, *(_pieces(source, block) for source in sources), strict=True):
         ends = [piece.ends, *(own for _, _, own in read)]
-        common = reduce(np.intersect1d, ends)
+        # A piece ends where it ends, also for a tokenizer whose spans are not exactly known.
+        common = np.union1d(reduce(np.intersect1d, ends), piece.ends[-1:])
         sizes = np.maximum(np.diff(common, prepend=0), 1)
         # What follows a position lies in the span after the last common end that it has reached.
         following = np.searchsorted(common, piece.ends, side="right")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import sys
 import time
@@ -283,10 +284,12 @@ def train(job: dict) -> dict[str, float]:
     out = Path(job["out"])
     set_seed(job["seed"])
     blocks = read_blocks(Path(job["corpus"]))
+    fuse = Fuse.model_validate(job["fuse"]) if job["fuse"] else None
+    # Before the arguments: once they name ZeRO-3, every model that is loaded is cut in pieces.
+    targets = FusedTargets(fuse, job["sources"], job["init"], _own_device(job)) if fuse else None
     arguments = _arguments(job | {"blocks": len(blocks)}, out, _world_size())
     model = load_model(job["init"], "float32")
     model.config.use_cache = False
-    fuse = Fuse.model_validate(job["fuse"]) if job["fuse"] else None
     attach_loss(model, fuse)
     checkpoint = last_checkpoint(out / "checkpoints")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
@@ -295,13 +298,7 @@ def train(job: dict) -> dict[str, float]:
         model=model.train(),
         args=arguments,
         fuse=fuse,
-        train_dataset=Blocks(
-            blocks,
-            FusedTargets(fuse, job["sources"], job["init"], job["machine"]["device"])
-            if fuse
-            else None,
-            together=job["packing"] == "concatenate@reference",
-        ),
+        train_dataset=Blocks(blocks, targets, job["packing"] == "concatenate@reference"),
         data_collator=collate,
         callbacks=[log],
     )
@@ -317,9 +314,13 @@ def train(job: dict) -> dict[str, float]:
 
 
 def _world_size() -> int:
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _own_device(job: dict) -> str:
+    """The device of this process, where several share a machine."""
+    device = job["machine"]["device"]
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _world_size() > 1 else device
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
 from harness.hashing import definition_hash
+from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say
 from harness.samples import append, columns, parts
@@ -34,9 +34,6 @@ from harness.store import finish, identity, read_manifest
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
-CHOICE_ITEMS = 64  # items whose log-likelihoods are written together
-BEGINNING = 400  # characters that all prompts of a task begin with, for it to go through alone
-ALONE = 8  # items of a task for that; fewer fill no batch
 
 
 @dataclass
@@ -178,7 +175,7 @@ def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
         say(f"{label}: {len(done)} of {len(loaded.items)} items measured before, going on")
     with bar(label, len(waiting)) as progress:
         finished = 0
-        for batch in _batches(waiting, getattr(lm, "members", [lm])[0].generate_rows):
+        for batch in item_batches(waiting, getattr(lm, "members", [lm])[0].generate_rows):
             append(folder, [_record(item, *answer) for item, answer in _answer(lm, batch)])
             finished += len(batch)
             progress(finished)
@@ -193,23 +190,6 @@ def _cost(folder: Path, seconds: float, tokens: int) -> dict[str, float]:
         "tokens": tokens,
         "peak_memory_bytes": psutil.Process().memory_info().rss,
     }
-
-
-def _batches(items: Sequence[Item], generate_rows: int) -> Iterator[list[Item]]:
-    """Items of one kind and like length together; a task whose prompts begin alike by itself."""
-    together: dict[tuple[str, str], list[Item]] = {}
-    for item in items:
-        together.setdefault((item.requests[0].request_type, item.task), []).append(item)
-    groups: dict[tuple[str, str], list[Item]] = {}
-    for (kind, task), some in together.items():
-        alike = os.path.commonprefix([str(item.requests[0].args[0]) for item in some])
-        alone = len(some) >= ALONE and len(alike) >= BEGINNING
-        groups.setdefault((kind, task if alone else ""), []).extend(some)
-    for (kind, _), group in groups.items():
-        size = generate_rows if kind == "generate_until" else CHOICE_ITEMS
-        group = sorted(group, key=lambda item: -sum(len(str(r.args)) for r in item.requests))
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
 
 
 def _answer(lm: Any, batch: Sequence[Item]) -> Iterator[tuple[Item, tuple[list, int]]]:

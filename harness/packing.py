@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 SHARED = 64  # tokens; a common beginning shorter than this is read again
+CHOICE_ITEMS = 64  # items whose log-likelihoods are written together
+BEGINNING = 400  # characters that all prompts of a task begin with, for it to go through alone
+ALONE = 8  # items of a task for that; fewer fill no batch
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -43,6 +48,26 @@ def filled(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
         total += size
     if some:
         yield some
+
+
+def item_batches(items: Sequence[Any], generate_rows: int) -> Iterator[list[Any]]:
+    """Items (`evaluate.Item`) of one kind and like length together.
+
+    A task whose prompts begin alike goes by itself, so that they are read once.
+    """
+    together: dict[tuple[str, str], list[Any]] = {}
+    for item in items:
+        together.setdefault((item.requests[0].request_type, item.task), []).append(item)
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for (kind, task), some in together.items():
+        alike = os.path.commonprefix([str(item.requests[0].args[0]) for item in some])
+        alone = len(some) >= ALONE and len(alike) >= BEGINNING
+        groups.setdefault((kind, task if alone else ""), []).extend(some)
+    for (kind, _), group in groups.items():
+        size = generate_rows if kind == "generate_until" else CHOICE_ITEMS
+        group = sorted(group, key=lambda item: -sum(len(str(r.args)) for r in item.requests))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def beginnings(contexts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, list[int]]], list[int]]:

@@ -12,6 +12,36 @@ period instead of its last character whatever that is. Comparison is exact, case
 
 from tasks.suite import Suite, Task
 
+NAMES = (
+    "boolean_expressions",
+    "causal_judgement",
+    "date_understanding",
+    "disambiguation_qa",
+    "dyck_languages",
+    "formal_fallacies",
+    "geometric_shapes",
+    "hyperbaton",
+    "logical_deduction_five_objects",
+    "logical_deduction_seven_objects",
+    "logical_deduction_three_objects",
+    "movie_recommendation",
+    "multistep_arithmetic_two",
+    "navigate",
+    "object_counting",
+    "penguins_in_a_table",
+    "reasoning_about_colored_objects",
+    "ruin_names",
+    "salient_translation_error_detection",
+    "snarks",
+    "sports_understanding",
+    "temporal_sequences",
+    "tracking_shuffled_objects_five_objects",
+    "tracking_shuffled_objects_seven_objects",
+    "tracking_shuffled_objects_three_objects",
+    "web_of_lies",
+    "word_sorting",
+)
+
 SUITE = Suite(
     name="bbh81",
     title="BBH-81",
@@ -25,35 +55,7 @@ SUITE = Suite(
             filter="get-answer",
             shots=2,
         )
-        for name in (
-            "boolean_expressions",
-            "causal_judgement",
-            "date_understanding",
-            "disambiguation_qa",
-            "dyck_languages",
-            "formal_fallacies",
-            "geometric_shapes",
-            "hyperbaton",
-            "logical_deduction_five_objects",
-            "logical_deduction_seven_objects",
-            "logical_deduction_three_objects",
-            "movie_recommendation",
-            "multistep_arithmetic_two",
-            "navigate",
-            "object_counting",
-            "penguins_in_a_table",
-            "reasoning_about_colored_objects",
-            "ruin_names",
-            "salient_translation_error_detection",
-            "snarks",
-            "sports_understanding",
-            "temporal_sequences",
-            "tracking_shuffled_objects_five_objects",
-            "tracking_shuffled_objects_seven_objects",
-            "tracking_shuffled_objects_three_objects",
-            "web_of_lies",
-            "word_sorting",
-        )
+        for name in NAMES
     ),
     reference="BIG-Bench Hard 2210.09261, its chain-of-thought exemplars only",
 )

@@ -9,6 +9,7 @@ line only: stop strings are exact here.
 Questions come from the hub, or without it from HF_DATASETS_CACHE; they are in no package.
 """
 
+from tasks.bbh81 import NAMES
 from tasks.suite import Suite, Task
 
 SUITE = Suite(
@@ -24,35 +25,7 @@ SUITE = Suite(
             filter="get-answer",
             shots=3,
         )
-        for name in (
-            "boolean_expressions",
-            "causal_judgement",
-            "date_understanding",
-            "disambiguation_qa",
-            "dyck_languages",
-            "formal_fallacies",
-            "geometric_shapes",
-            "hyperbaton",
-            "logical_deduction_five_objects",
-            "logical_deduction_seven_objects",
-            "logical_deduction_three_objects",
-            "movie_recommendation",
-            "multistep_arithmetic_two",
-            "navigate",
-            "object_counting",
-            "penguins_in_a_table",
-            "reasoning_about_colored_objects",
-            "ruin_names",
-            "salient_translation_error_detection",
-            "snarks",
-            "sports_understanding",
-            "temporal_sequences",
-            "tracking_shuffled_objects_five_objects",
-            "tracking_shuffled_objects_seven_objects",
-            "tracking_shuffled_objects_three_objects",
-            "web_of_lies",
-            "word_sorting",
-        )
+        for name in NAMES
     ),
     reference="FuseLLM 2401.10491, table 1",
 )
