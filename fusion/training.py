@@ -330,6 +330,10 @@ def main() -> None:
         # A process that leaves while another still saves takes the other's connection with it.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        # All is written; an ordinary end is now and then aborted by threads that ZeRO-3 left.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
