@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import lm_eval
 import numpy as np
 import psutil
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
@@ -69,6 +72,7 @@ class Loaded:
     tasks: dict[str, Any]
     items: list[Item]
     totals: dict[str, int]
+    manager: TaskManager
 
     @cached_property
     def protocol(self) -> str:
@@ -93,7 +97,8 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
     """
     stock = name.startswith("lm_eval:")
     if stock:
-        tasks = _stock(name[8:])
+        manager = TaskManager()
+        tasks = _stock(name[8:], manager)
         suite = _stock_suite(name, tasks)
     else:
         suite = given or load_suite(name)
@@ -121,7 +126,7 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
             object_.build_all_requests(samples=chosen[task], rank=0, world_size=1)
         items += _items(task, object_.instances)
-    return Loaded(suite, tasks, items, totals)
+    return Loaded(suite, tasks, items, totals, manager)
 
 
 def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
@@ -147,9 +152,9 @@ def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, li
     return out
 
 
-def _stock(name: str) -> dict[str, Any]:
+def _stock(name: str, manager: TaskManager) -> dict[str, Any]:
     try:
-        return dict(TaskManager().load([name])["tasks"])
+        return dict(manager.load([name])["tasks"])
     except Exception as error:  # lm-eval and datasets raise whatever their parts raise
         raise RunError(
             f"lm_eval:{name}: not loaded ({type(error).__name__}: {str(error)[:300]}); check the "
@@ -307,4 +312,65 @@ def _record(item: Item, answers: list) -> dict[str, Any]:
     }
 
 
-__all__ = ["Item", "Loaded", "Pack", "answer", "load", "measure", "packs", "sample", "unfinished"]
+class _Replay(LM):
+    """An lm-eval model that says again what the items' requests were answered."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        super().__init__()
+        self.said = {
+            (item.task, item.doc_id, request.idx): request.resps
+            for item in items
+            for request in item.requests
+        }
+        self.times: dict[tuple, int] = {}
+
+    def _again(self, requests: list[Instance], disable_tqdm: bool = True) -> list:
+        out = []
+        for request in requests:
+            key = (request.task_name, request.doc_id, request.idx)
+            answers = self.said[key]
+            turn = self.times.get(key, 0)
+            self.times[key] = turn + 1
+            out.append(answers[turn % len(answers)])
+        return out
+
+    loglikelihood = loglikelihood_rolling = generate_until = _again
+
+
+def write_as_lm_eval(loaded: Loaded, model: str, folder: Path) -> None:
+    """What lm-eval itself writes of these answers: results JSON and a samples JSONL a task.
+
+    The items' requests hold the answers (`scores.filtered`); lm-eval's own run loop asks for them
+    again and its own tracker writes, so that keys and values are lm-eval's.
+    """
+    chosen: dict[str, list[int]] = {}
+    for item in loaded.items:
+        chosen.setdefault(item.task, []).append(item.doc_id)
+    tracker = EvaluationTracker(output_path=str(folder))
+    results: Any = lm_eval.simple_evaluate(
+        model=_Replay(loaded.items),
+        model_args={"model": model},
+        tasks=list(loaded.tasks),
+        task_manager=loaded.manager,
+        samples=chosen,
+        evaluation_tracker=tracker,
+        fewshot_random_seed=FEWSHOT_SEED,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+
+
+__all__ = [
+    "Item",
+    "Loaded",
+    "Pack",
+    "answer",
+    "load",
+    "measure",
+    "packs",
+    "sample",
+    "unfinished",
+    "write_as_lm_eval",
+]

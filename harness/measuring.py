@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
@@ -101,21 +102,10 @@ class Measuring:
     def suite(self, step: Step) -> Loaded:
         """A step's tasks and items; RunError if the data cannot be had."""
         if step.name not in self.suites:
-            known = suite_of(step.name)
-            data, given = self.plan.home, None
             recipe = self.plan.recipe
-            if "heldout" in step.content and recipe.corpus and recipe.corpus.heldout:
-                from harness.heldout import heldout_suite
-
-                given, data = heldout_suite(recipe.corpus.heldout, self.plan.home)
-            elif known and known.datasets:
-                from harness.assets import prepare_data
-
-                data = prepare_data(known.datasets, self.plan.home)
-            # lm-eval explains itself at length; what matters is in our records.
-            logging.getLogger("lm_eval").setLevel(logging.ERROR)
-            limit = recipe.limit(step.name)
-            self.suites[step.name] = load(step.name, data, limit, recipe.seed, given)
+            heldout = recipe.corpus.heldout if "heldout" in step.content and recipe.corpus else None
+            limit, home = recipe.limit(step.name), self.plan.home
+            self.suites[step.name] = load_suite_data(step.name, home, limit, recipe.seed, heldout)
         return self.suites[step.name]
 
     def _open(self, row: str) -> SharedPrefixLM | EnsembleLM:
@@ -143,6 +133,25 @@ class Measuring:
             machine.batch_tokens,
             machine.generate_rows,
         )
+
+
+def load_suite_data(
+    name: str, home: Path, limit: int | None, seed: int, heldout: str | None
+) -> Loaded:
+    """A suite's tasks and items, its data fetched if need be. heldout: a text of the recipe's."""
+    data, given = home, None
+    known = suite_of(name)
+    if heldout:
+        from harness.heldout import heldout_suite
+
+        given, data = heldout_suite(heldout, home)
+    elif known and known.datasets:
+        from harness.assets import prepare_data
+
+        data = prepare_data(known.datasets, home)
+    # lm-eval explains itself at length; what matters is in our records.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return load(name, data, limit, seed, given)
 
 
 def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, str]:

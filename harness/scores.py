@@ -239,6 +239,7 @@ def _manifest(
         "protocol": loaded.protocol,
         "seed": recipe.seed,
         "limit": recipe.limit(step.name),
+        "heldout": recipe.corpus.heldout if "heldout" in step.content and recipe.corpus else None,
         "partial": len(loaded.items) < sum(loaded.totals.values()),
         "dtype": recipe.evaluate.dtype,
         "lm_eval": version("lm-eval"),

@@ -26,13 +26,12 @@ from harness.samples import part
 
 @dataclass(frozen=True)
 class Share:
-    """What a process is given: its number among how many, its device, and whose child it is."""
+    """What a process is given: its number among how many, its device, its torch threads."""
 
     shard: int
     shards: int
     device: str
     threads: int
-    parent: int
 
 
 def devices(plan: Plan) -> list[str]:
@@ -55,7 +54,9 @@ def measure_shards(plan: Plan, row: str, todo: Sequence[tuple[Step, Loaded]]) ->
     import torch
 
     places = devices(plan)
-    context = get_context("spawn")
+    # One server reads the libraries once and forks from there, before any device is touched.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["harness.measuring"])
     steps = [step for step, _ in todo]
     running: dict[int, tuple[int, Any]] = {}  # by sentinel
     receivers: list[Connection] = []
@@ -63,7 +64,7 @@ def measure_shards(plan: Plan, row: str, todo: Sequence[tuple[Step, Loaded]]) ->
     processes = []
     try:
         for shard, place in enumerate(places):
-            share = Share(shard, len(places), place, torch.get_num_threads(), os.getpid())
+            share = Share(shard, len(places), place, torch.get_num_threads())
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(plan, row, steps, share, sender))
             process.start()
@@ -121,13 +122,14 @@ def _work(plan: Plan, row: str, steps: Sequence[Step], share: Share, sender: Con
 
     from harness.measuring import Measuring
 
+    parent = os.getppid()  # another one once the command itself was killed
     torch.set_num_threads(share.threads)
     measuring = Measuring(plan, share.device)
     try:
         for step in steps:
             try:
                 measuring.answer(
-                    row, step, share.shard, share.shards, lambda: os.getppid() == share.parent
+                    row, step, share.shard, share.shards, lambda: os.getppid() == parent
                 )
             except RunError as error:
                 sender.send((step.identity, str(error)))
