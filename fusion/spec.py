@@ -193,4 +193,5 @@ class Machine(Section):
     checkpoint_every: int = operational(50, "optimizer steps between checkpoints", ge=1)
     processes: int = operational(1, "training processes on this machine, through torchrun", ge=1)
     deepspeed: str | None = operational(None, "a DeepSpeed config file")
+    shards: int = operational(1, "processes that measure, each on its own device", ge=1)
     workers: int | None = operational(None, "processes that execute code; cores if not given")

@@ -89,6 +89,28 @@ def report(recipe: RecipeName, overrides: Overrides = None, limit: Limit = None)
     _carry_out(recipe, _with_limit(overrides, limit), stages=("report",))
 
 
+@app.command()
+def rescore(
+    recipe: RecipeName, overrides: Overrides = None, only: Only = None, limit: Limit = None
+) -> None:
+    """Derive every score again from the stored records, without a model."""
+    from harness.run import rescore as derive
+
+    raise typer.Exit(derive(recipe, _with_limit(overrides, limit), only or []))
+
+
+@app.command()
+def export(
+    runs: Annotated[list[Path], typer.Argument(help="folders of evaluations/ in the store")],
+    to: Annotated[Path, typer.Option("--to", help="where to write")],
+) -> None:
+    """Write measurements as lm-eval writes them: results JSON, and samples JSONL by task."""
+    from harness.export import export as write
+
+    for path in write(runs, to):
+        print(path)
+
+
 @app.command(name="inspect-alignment")
 def inspect_alignment(
     source: Annotated[str, typer.Argument(help="a model, named as in a recipe's `path`")],

@@ -1,27 +1,28 @@
-"""Measure one row on one suite: lm-eval's tasks, prompts, filters and metrics; our run loop.
+"""Measure one row on one suite: lm-eval's tasks, prompts and filters; our run loop.
 
-Raw records are appended as Parquet parts, a batch of items each, and scores are derived from them
-in a second pass that needs no model, so an interrupted measurement loses one batch, and every
-metric can be computed again. Prompts are built once for the whole task, whatever is left to do.
+Prompts and packs are formed once from all items of a measurement, whatever is left to do and
+whoever does it. A pack is what goes to the model and to the disk together, so a measurement that is
+interrupted loses one pack, may be shared out to any number of processes, and comes to the same
+records, byte for byte. Scores are derived from them in a second pass (`scores`) without a model.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import lm_eval
 import numpy as np
-import pandas as pd
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
@@ -29,11 +30,12 @@ from harness.hashing import definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say
-from harness.samples import append, columns, parts
-from harness.store import finish, identity, read_manifest
+from harness.samples import problem, set_aside, spend, waiting, write
+from harness.store import identity
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
+GENERATED_ITEMS = 64  # items of a pack that generate; log-likelihoods: packing.CHOICE_ITEMS
 
 
 @dataclass
@@ -50,6 +52,12 @@ class Item:
         """What identifies it in the records."""
         return self.task, self.doc_id
 
+    @cached_property
+    def hashes(self) -> tuple[str, str]:
+        """Of the question, and of everything that the model is asked."""
+        asked = json.dumps([list(map(str, request.args)) for request in self.requests])
+        return identity(self.doc)[:16], identity(asked)[:16]
+
     @property
     def prompt(self) -> str:
         """The text that the model sees first."""
@@ -64,6 +72,21 @@ class Loaded:
     tasks: dict[str, Any]
     items: list[Item]
     totals: dict[str, int]
+    manager: TaskManager
+
+    @cached_property
+    def protocol(self) -> str:
+        """Hash of what defines the suite and of every question and prompt that is measured."""
+        asked = [[*item.key, *item.hashes] for item in self.items]
+        return identity([definition_hash(self.suite.name), asked])[:12]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Items that are measured and written together, and the label of their part."""
+
+    items: list[Item]
+    label: dict[str, Any]
 
 
 def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | None = None) -> Loaded:
@@ -74,7 +97,8 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
     """
     stock = name.startswith("lm_eval:")
     if stock:
-        tasks = _stock(name[8:])
+        manager = TaskManager()
+        tasks = _stock(name[8:], manager)
         suite = _stock_suite(name, tasks)
     else:
         suite = given or load_suite(name)
@@ -102,7 +126,7 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
             object_.build_all_requests(samples=chosen[task], rank=0, world_size=1)
         items += _items(task, object_.instances)
-    return Loaded(suite, tasks, items, totals)
+    return Loaded(suite, tasks, items, totals, manager)
 
 
 def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
@@ -128,9 +152,9 @@ def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, li
     return out
 
 
-def _stock(name: str) -> dict[str, Any]:
+def _stock(name: str, manager: TaskManager) -> dict[str, Any]:
     try:
-        return dict(TaskManager().load([name])["tasks"])
+        return dict(manager.load([name])["tasks"])
     except Exception as error:  # lm-eval and datasets raise whatever their parts raise
         raise RunError(
             f"lm_eval:{name}: not loaded ({type(error).__name__}: {str(error)[:300]}); check the "
@@ -163,63 +187,117 @@ def _items(task: str, instances: Sequence[Instance]) -> Iterator[Item]:
         yield Item(task, doc_id, dict(requests[0].doc), requests)
 
 
+def packs(step: Step, loaded: Loaded) -> list[Pack]:
+    """All items of a measurement in packs, always the same ones; no machine setting moves them."""
+    formed = list(item_batches(loaded.items, GENERATED_ITEMS))
+    label = {"measurement": step.identity, "protocol": loaded.protocol, "packs": len(formed)}
+    return [
+        Pack(
+            items,
+            {**label, "pack": number, "items": identity([[*i.key, *i.hashes] for i in items])},
+        )
+        for number, items in enumerate(formed)
+    ]
+
+
 def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
-    """Append the records that are missing, then derive scores and write the manifest."""
+    """Write the records that are missing, then derive scores and write the manifest."""
+    from harness.scores import score
+
+    answer(step, loaded, lm)
+    score(plan, step, loaded)
+
+
+def answer(
+    step: Step,
+    loaded: Loaded,
+    lm: Any,
+    shard: int = 0,
+    shards: int = 1,
+    going: Callable[[], bool] = lambda: True,
+) -> None:
+    """Write the parts that are missing or wrong, of every `shards`-th pack from `shard` on.
+
+    going: asked before each pack; the work ends early once it says no.
+    """
     folder = step.folder
     folder.mkdir(parents=True, exist_ok=True)
-    started, before = time.monotonic(), lm.forward_tokens
-    done = set(zip(*columns(folder, ["task", "doc_id"]), strict=True))
-    waiting = [item for item in loaded.items if item.key not in done]
-    label = f"{step.rows[0]} · {step.name}"
-    if done:
-        say(f"{label}: {len(done)} of {len(loaded.items)} items measured before, going on")
-    with bar(label, len(waiting)) as progress:
+    formed = packs(step, loaded)
+    set_aside(folder, len(formed))
+    own = formed[shard::shards]
+    left = set(waiting(folder, [pack.label for pack in own]))
+    todo = [pack for pack in own if pack.label["pack"] in left]
+    label = f"{step.rows[0]} · {step.name}" + (f" · shard {shard + 1}" if shards > 1 else "")
+    done = sum(len(pack.items) for pack in own) - sum(len(pack.items) for pack in todo)
+    if done and todo:
+        say(f"{label}: {done} of {len(loaded.items)} items measured before, going on")
+    with bar(label, sum(len(pack.items) for pack in todo)) as progress:
         finished = 0
-        for batch in item_batches(waiting, getattr(lm, "members", [lm])[0].generate_rows):
-            append(folder, [_record(item, *answer) for item, answer in _answer(lm, batch)])
-            finished += len(batch)
+        for pack in todo:
+            if not going():
+                return
+            # Another process may have written it meanwhile.
+            if problem(folder, pack.label):
+                _measure_pack(folder, pack, loaded.protocol, lm)
+            finished += len(pack.items)
             progress(finished)
-    cost = _cost(folder, time.monotonic() - started, lm.forward_tokens - before)
-    score(plan, step, loaded, cost)
 
 
-def _cost(folder: Path, seconds: float, tokens: int) -> dict[str, float]:
-    """What measuring took, added to what an interrupted run had noted."""
-    return {
-        "seconds": round(seconds, 3),
-        "tokens": tokens,
-        "peak_memory_bytes": psutil.Process().memory_info().rss,
-    }
+def unfinished(step: Step, loaded: Loaded) -> bool:
+    """Whether a pack has no right part yet."""
+    return any(problem(step.folder, pack.label) for pack in packs(step, loaded))
 
 
-def _answer(lm: Any, batch: Sequence[Item]) -> Iterator[tuple[Item, tuple[list, int]]]:
-    """What the model says to each item: one response a request, and the tokens it generated."""
-    kind = batch[0].requests[0].request_type
-    requests = [request for item in batch for request in item.requests]
-    before = lm.forward_tokens
+def _measure_pack(folder: Path, pack: Pack, protocol: str, lm: Any) -> None:
+    started, before = time.monotonic(), lm.forward_tokens
+    records = [
+        _record(item, found) | {"protocol": protocol} for item, found in _ask(lm, pack.items)
+    ]
+    spend(
+        folder,
+        {
+            "pack": pack.label["pack"],
+            "seconds": round(time.monotonic() - started, 6),
+            "tokens": lm.forward_tokens - before,
+            "peak_memory_bytes": psutil.Process().memory_info().rss,
+            "engine": dict(getattr(lm, "engine", {})),
+            "notes": list(getattr(lm, "notes", [])),
+        },
+    )
+    write(folder, records, pack.label)
+
+
+def _ask(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
+    """What the model says to each item: a response a request, or `repeats` of them generated."""
+    kind = items[0].requests[0].request_type
+    asked = [[r for r in item.requests for _ in range(_times(r))] for item in items]
+    requests = [request for some in asked for request in some]
     if kind == "generate_until":
         answers: list[Any] = lm.generate(requests)
     elif kind == "loglikelihood_rolling":
         answers = lm.loglikelihood_rolling(requests)
     else:
         answers = lm.loglikelihood(requests, disable_tqdm=True)
-    share = (lm.forward_tokens - before) // max(1, len(batch))
     each = iter(answers)
-    for item in batch:
-        yield item, ([next(each) for _ in item.requests], share)
+    for item, some in zip(items, asked, strict=True):
+        yield item, [next(each) for _ in some]
 
 
-def _record(item: Item, answers: list, tokens: int) -> dict[str, Any]:
+def _times(request: Instance) -> int:
+    """How often a request is put: a log-likelihood does not change when it is asked again."""
+    return int(request.repeats or 1) if request.request_type == "generate_until" else 1
+
+
+def _record(item: Item, answers: list) -> dict[str, Any]:
     kind = item.requests[0].request_type
     generated = kind == "generate_until"
     rolling = kind == "loglikelihood_rolling"
     choices = [] if generated or rolling else [str(r.args[1]) for r in item.requests]
-    prompts = json.dumps([list(map(str, r.args)) for r in item.requests])
     return {
         "task": item.task,
         "doc_id": item.doc_id,
-        "doc_hash": identity(item.doc)[:16],
-        "prompt_hash": identity(prompts)[:16],
+        "doc_hash": item.hashes[0],
+        "prompt_hash": item.hashes[1],
         "cluster": str(item.doc.get("cluster", item.doc_id)),
         "gold": json.dumps(item.doc.get("gold", item.doc.get("target")), default=str),
         "output_type": kind,
@@ -230,160 +308,69 @@ def _record(item: Item, answers: list, tokens: int) -> dict[str, Any]:
         "text_bytes": len(item.prompt.encode()) if rolling else 0,
         "generation": [a.text for a in answers] if generated else [],
         "finish_reason": [a.finish_reason for a in answers] if generated else [],
-        "prompt_tokens": tokens,
         "generated_tokens": sum(a.tokens for a in answers) if generated else 0,
     }
 
 
-def score(plan: Plan, step: Step, loaded: Loaded, cost: dict[str, float] | None = None) -> None:
-    """Derive scores from the records, without the model, and write the manifest."""
-    folder = step.folder
-    table = pa.concat_tables([pq.read_table(path) for path in parts(folder)])
-    records = {(row["task"], row["doc_id"]): row for row in table.to_pylist()}
-    missing = [item.key for item in loaded.items if item.key not in records]
-    if missing:
-        raise RunError(f"{folder}: {len(missing)} items have no record, the first is {missing[0]}")
+class _Replay(LM):
+    """An lm-eval model that says again what the items' requests were answered."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        super().__init__()
+        self.said = {
+            (item.task, item.doc_id, request.idx): request.resps
+            for item in items
+            for request in item.requests
+        }
+        self.times: dict[tuple, int] = {}
+
+    def _again(self, requests: list[Instance], disable_tqdm: bool = True) -> list:
+        out = []
+        for request in requests:
+            key = (request.task_name, request.doc_id, request.idx)
+            answers = self.said[key]
+            turn = self.times.get(key, 0)
+            self.times[key] = turn + 1
+            out.append(answers[turn % len(answers)])
+        return out
+
+    loglikelihood = loglikelihood_rolling = generate_until = _again
+
+
+def write_as_lm_eval(loaded: Loaded, model: str, folder: Path) -> None:
+    """What lm-eval itself writes of these answers: results JSON and a samples JSONL a task.
+
+    The items' requests hold the answers (`scores.filtered`); lm-eval's own run loop asks for them
+    again and its own tracker writes, so that keys and values are lm-eval's.
+    """
+    chosen: dict[str, list[int]] = {}
     for item in loaded.items:
-        for number, request in enumerate(item.requests):
-            request.resps = [_response(records[item.key], number)]
-    for object_ in loaded.tasks.values():
-        object_.apply_filters()
-    outcomes = _execute(plan, loaded, records) if loaded.suite.executes_code else {}
-    rows = [
-        row
-        for item in loaded.items
-        for row in _scores(loaded, item, records[item.key], outcomes.get(item.key))
-    ]
-    frame = pd.DataFrame(rows, columns=SCORE_COLUMNS)
-    frame = frame.astype({"value": "float64", "weight": "float64", "doc_id": "int64"})
-    partial = folder / ".scores.parquet"
-    frame.to_parquet(partial, index=False)
-    partial.replace(folder / "scores.parquet")
-    finish(folder, _manifest(plan, step, loaded, frame, cost or {}))
+        chosen.setdefault(item.task, []).append(item.doc_id)
+    tracker = EvaluationTracker(output_path=str(folder))
+    results: Any = lm_eval.simple_evaluate(
+        model=_Replay(loaded.items),
+        model_args={"model": model},
+        tasks=list(loaded.tasks),
+        task_manager=loaded.manager,
+        samples=chosen,
+        evaluation_tracker=tracker,
+        fewshot_random_seed=FEWSHOT_SEED,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
 
 
-SCORE_COLUMNS = ["task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted"]
-
-
-def _response(record: dict, number: int) -> Any:
-    if record["output_type"] == "generate_until":
-        return record["generation"][number]
-    if record["output_type"] == "loglikelihood_rolling":
-        return record["choice_ll"][number]
-    return record["choice_ll"][number], record["choice_greedy"][number]
-
-
-def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator[dict[str, Any]]:
-    """One row for each metric that lm-eval derives from an item."""
-    task = next(t for t in loaded.suite.tasks if t.name == item.task)
-    base = {"task": item.task, "doc_id": item.doc_id, "cluster": record["cluster"]}
-    if executed is not None:
-        value = {"pass": 1.0, "infra": math.nan}.get(executed, 0.0)
-        extra = {"metric": task.metric, "value": value, "weight": 1.0}
-        yield base | extra | {"outcome": executed, "extracted": None}
-        return
-    object_ = loaded.tasks[item.task]
-    for filter_name in item.requests[0].filtered_resps:
-        if task.filter not in ("none", filter_name) and len(item.requests[0].filtered_resps) > 1:
-            continue
-        answers = [request.filtered_resps[filter_name] for request in item.requests]
-        extracted = answers[0] if isinstance(answers[0], str) else None
-        outcome = _outcome(record, extracted)
-        for metric, value in object_.process_results(item.doc, answers).items():
-            weight = 1.0
-            if metric == "bits_per_byte":
-                total, weight = value
-                value = -total / (weight * math.log(2))
-            if not isinstance(value, (int, float, np.number, bool)):
-                continue
-            found = {"metric": metric, "value": float(value), "weight": float(weight)}
-            yield base | found | {"outcome": outcome, "extracted": extracted}
-
-
-def _outcome(record: dict, extracted: str | None) -> str:
-    if record["finish_reason"]:
-        if "length" in record["finish_reason"]:
-            return "truncated"
-        return "unextracted" if extracted == "[invalid]" else "ok"
-    if record["output_type"] == "loglikelihood_rolling":
-        return "ok"
-    best = sorted(record["choice_ll"], reverse=True)
-    return "tie" if len(best) > 1 and best[0] == best[1] else "ok"
-
-
-def _execute(plan: Plan, loaded: Loaded, records: dict) -> dict[tuple[str, int], str]:
-    from harness.execution import execute
-
-    programs = [records[item.key] | {"doc": item.doc} for item in loaded.items]
-    with bar(f"{loaded.suite.name} · executing programs", len(programs)) as progress:
-        workers = plan.recipe.machine.workers
-        found = execute(programs, allow=True, workers=workers, progress=progress)
-    return {item.key: outcome for item, outcome in zip(loaded.items, found, strict=True)}
-
-
-def _manifest(
-    plan: Plan, step: Step, loaded: Loaded, frame: pd.DataFrame, cost: dict
-) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    recipe, row = plan.recipe, step.rows[0]
-    definition = definition_hash(step.name)
-    data = [
-        identity([i.task, i.doc_id, i.doc, [str(r.args) for r in i.requests]]) for i in loaded.items
-    ]
-    listed = []
-    for task in loaded.suite.tasks:
-        chosen = frame[(frame.task == task.name) & (frame.metric == task.metric)]
-        protocol = {"definition": definition, "task": task.name, "metric": task.metric}
-        listed.append(
-            {
-                "task": task.name,
-                "title": task.title,
-                "metric": task.metric,
-                "higher_is_better": task.higher_is_better,
-                "chance": task.chance,
-                "shots": task.shots,
-                "n": int(chosen.value.notna().sum()),
-                "n_total": loaded.totals[task.name],
-                "protocol": identity(protocol)[:12],
-            }
-        )
-    primary = frame[frame.metric.isin({task.metric for task in loaded.suite.tasks})]
-    health = {
-        kind: int((primary.outcome == kind).sum())
-        for kind in ("truncated", "unextracted", "tie", "infra")
-    }
-    from harness.ensembles import MIXING
-
-    return {
-        "kind": "evaluation",
-        "row": row,
-        "suite": step.name,
-        "rule": loaded.suite.rule,
-        "model_identity": plan.identities[row],
-        "identity": step.identity,
-        "content": step.content,
-        "protocol": identity([definition, data])[:12],
-        "seed": recipe.seed,
-        "limit": recipe.limit(step.name),
-        "partial": len(loaded.items) < sum(loaded.totals.values()),
-        "dtype": recipe.evaluate.dtype,
-        "lm_eval": version("lm-eval"),
-        "mixing": MIXING if plan.folders[row] is None else None,
-        "tasks": listed,
-        "health": health,
-        "notes": [],
-        "cost": cost,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def rescore(plan: Plan, step: Step, loaded: Loaded) -> None:
-    """Compute every metric of a finished run again from its records."""
-    manifest = read_manifest(step.folder)
-    if manifest is None:
-        raise RunError(f"{step.folder}: not measured yet")
-    score(plan, step, loaded, manifest["cost"])
-
-
-__all__ = ["Item", "Loaded", "Task", "load", "measure", "parts", "rescore", "sample", "score"]
+__all__ = [
+    "Item",
+    "Loaded",
+    "Pack",
+    "answer",
+    "load",
+    "measure",
+    "packs",
+    "sample",
+    "unfinished",
+    "write_as_lm_eval",
+]

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
 from fusion.vocabulary import load_map
 from harness.build import device, model_folder
 from harness.ensembles import EnsembleLM
-from harness.evaluate import Loaded, load, measure
+from harness.evaluate import Loaded, answer, load, unfinished
 from harness.plan import Plan, Step, inputs, suite_of, tokenizer_identity
 from harness.progress import say
+from harness.scores import rescore, score
 from harness.scoring import SharedPrefixLM
 from harness.store import write_json
 
 
 class Measuring:
-    """Measures the rows of one plan; suites are loaded once, the last row's model is kept open."""
+    """Measures the rows of one plan; suites are loaded once, the last row's model is kept open.
 
-    def __init__(self, plan: Plan) -> None:
+    device: where models go, if not where the recipe says.
+    """
+
+    def __init__(self, plan: Plan, device: str | None = None) -> None:
         self.plan = plan
+        self.device = device
         self.suites: dict[str, Loaded] = {}
         self.row: str | None = None
         self.lm: Any = None
@@ -32,36 +38,74 @@ class Measuring:
         step = self.plan.steps.get(self.plan.identities[row])
         return step is None or step.done
 
-    def measure(self, row: str, step: Step) -> None:
-        """One row on one suite; RunError if data or model cannot be had."""
-        loaded = self._suite(step)
+    def measure(self, row: str, steps: Sequence[Step]) -> dict[str, str]:
+        """One row on several suites; reasons by suite for what could not be measured."""
+        if self.plan.recipe.machine.shards > 1:
+            return self._measure_shards(row, steps)
+        reasons = {}
+        for step in steps:
+            try:
+                self.answer(row, step)
+                score(self.plan, step, self.suite(step))
+            except RunError as error:
+                reasons[step.name] = str(error)
+        return reasons
+
+    def answer(
+        self,
+        row: str,
+        step: Step,
+        shard: int = 0,
+        shards: int = 1,
+        going: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Write a shard's missing records; RunError if data or model cannot be had."""
+        loaded = self.suite(step)
         if self.row != row:
             self.release()
             self.lm, self.row = self._open(row), row
-        measure(self.plan, step, loaded, self.lm)
+        answer(step, loaded, self.lm, shard, shards, going)
+
+    def rescore(self, step: Step) -> None:
+        """Derive scores again from a finished measurement's records."""
+        rescore(self.plan, step, self.suite(step))
+
+    def _measure_shards(self, row: str, steps: Sequence[Step]) -> dict[str, str]:
+        from harness.shards import measure_shards
+
+        reasons: dict[str, str] = {}
+        todo = []
+        for step in steps:  # here first, so that no two processes fetch the same data
+            try:
+                todo.append((step, self.suite(step)))
+            except RunError as error:
+                reasons[step.name] = str(error)
+        found = measure_shards(self.plan, row, todo)
+        for step, loaded in todo:
+            reason = found.get(step.identity)
+            if reason is None and "" in found and unfinished(step, loaded):
+                reason = found[""]
+            if reason is None:
+                try:
+                    score(self.plan, step, loaded)
+                except RunError as error:
+                    reason = str(error)
+            if reason is not None:
+                reasons[step.name] = reason
+        return reasons
 
     def release(self) -> None:
         """Forget the open model."""
         self.lm, self.row = None, None
         gc.collect()
 
-    def _suite(self, step: Step) -> Loaded:
+    def suite(self, step: Step) -> Loaded:
+        """A step's tasks and items; RunError if the data cannot be had."""
         if step.name not in self.suites:
-            known = suite_of(step.name)
-            data, given = self.plan.home, None
             recipe = self.plan.recipe
-            if "heldout" in step.content and recipe.corpus and recipe.corpus.heldout:
-                from harness.heldout import heldout_suite
-
-                given, data = heldout_suite(recipe.corpus.heldout, self.plan.home)
-            elif known and known.datasets:
-                from harness.assets import prepare_data
-
-                data = prepare_data(known.datasets, self.plan.home)
-            # lm-eval explains itself at length; what matters is in our records.
-            logging.getLogger("lm_eval").setLevel(logging.ERROR)
-            limit = recipe.limit(step.name)
-            self.suites[step.name] = load(step.name, data, limit, recipe.seed, given)
+            heldout = recipe.corpus.heldout if "heldout" in step.content and recipe.corpus else None
+            limit, home = recipe.limit(step.name), self.plan.home
+            self.suites[step.name] = load_suite_data(step.name, home, limit, recipe.seed, heldout)
         return self.suites[step.name]
 
     def _open(self, row: str) -> SharedPrefixLM | EnsembleLM:
@@ -85,10 +129,29 @@ class Measuring:
         return SharedPrefixLM(
             str(model_folder(self.plan, row)),
             self.plan.recipe.evaluate.dtype,
-            device(self.plan),
+            self.device or device(self.plan),
             machine.batch_tokens,
             machine.generate_rows,
         )
+
+
+def load_suite_data(
+    name: str, home: Path, limit: int | None, seed: int, heldout: str | None
+) -> Loaded:
+    """A suite's tasks and items, its data fetched if need be. heldout: a text of the recipe's."""
+    data, given = home, None
+    known = suite_of(name)
+    if heldout:
+        from harness.heldout import heldout_suite
+
+        given, data = heldout_suite(heldout, home)
+    elif known and known.datasets:
+        from harness.assets import prepare_data
+
+        data = prepare_data(known.datasets, home)
+    # lm-eval explains itself at length; what matters is in our records.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return load(name, data, limit, seed, given)
 
 
 def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, str]:
@@ -101,16 +164,17 @@ def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, st
         models = [row] if plan.folders[row] else inputs(plan.recipe, row)
         missing = [model for model in models if not measuring.built(model)]
         for step in steps:
-            note = step.folder / "failed.json"
-            note.unlink(missing_ok=True)
-            try:
-                if missing:
-                    raise RunError(f"not built: {', '.join(missing)}")
-                measuring.measure(row, step)
-            except RunError as error:
+            (step.folder / "failed.json").unlink(missing_ok=True)
+        if missing:
+            reasons = {step.name: f"not built: {', '.join(missing)}" for step in steps}
+        else:
+            reasons = measuring.measure(row, steps)
+        for step in steps:
+            if step.name in reasons:
+                reason = reasons[step.name]
                 step.folder.mkdir(parents=True, exist_ok=True)
-                write_json(note, {"reason": f"not measured: {error}"})
-                say(f"{row} · {step.name}: {error}")
+                write_json(step.folder / "failed.json", {"reason": f"not measured: {reason}"})
+                say(f"{row} · {step.name}: {reason}")
         measuring.release()
     return failures(todo)
 

@@ -30,7 +30,7 @@ VERSIONS = {
     "map": 2,
     "train": 1,
     "merge": 2,
-    "evaluate": 1,
+    "evaluate": 2,
 }
 
 

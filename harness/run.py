@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.errors import RecipeError
+from fusion.errors import RecipeError, RunError
 from harness.plan import Plan, Step, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
@@ -108,6 +108,30 @@ def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> di
     from harness.measuring import measure_rows
 
     return measure_rows(planned, todo)
+
+
+def rescore(reference: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> int:
+    """Derive the scores of all finished measurements from their records again; the exit code."""
+    from harness.measuring import Measuring
+
+    loaded = load(reference, overrides)
+    rows = _rows(loaded, only)
+    planned = plan(loaded.recipe, home())
+    measuring, code, count = Measuring(planned), 0, 0
+    for row in rows:
+        for step in planned.evaluations(row):
+            if not step.done or not _may_run(step, loaded.recipe.evaluate.allow_code_execution):
+                continue
+            try:
+                measuring.rescore(step)
+                count += 1
+            except RunError as error:
+                say(f"{row}/{step.name}: {error}")
+                code = 1
+    if not count and not code:
+        raise RunError(f"{loaded.name}: nothing is measured yet; `kfuse evaluate` measures")
+    say(f"scores of {count} measurements derived again from their records")
+    return code
 
 
 def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:

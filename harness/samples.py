@@ -1,70 +1,129 @@
-"""Raw records of a measurement: Parquet parts in its folder, appended, never changed.
+"""Raw records of a measurement in its folder: a part a pack, and a ledger of what they cost.
 
-Everything that a metric needs is in them (log-likelihoods and lengths of choices, generations and
-why they ended), so that every score can be computed again without the model.
+Everything that a metric needs is in the parts (log-likelihoods and lengths of choices, generations
+and why they ended), so that every score can be computed again without the model. A part is written
+whole or not at all and is the same bytes whoever writes it, so any number of processes may work on
+one folder. What depends on the occasion (seconds, tokens, the engine) is in the ledger, a line for
+each pack that was measured, however often.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from fusion.errors import RunError
+from harness.progress import say
 from harness.store import world
+from reports.parts import decode, encode
 
-_SAMPLES = pa.schema(
-    [
-        ("task", pa.string()),
-        ("doc_id", pa.int64()),
-        ("doc_hash", pa.string()),
-        ("prompt_hash", pa.string()),
-        ("cluster", pa.string()),
-        ("gold", pa.string()),
-        ("output_type", pa.string()),
-        ("choice_ll", pa.list_(pa.float64())),
-        ("choice_greedy", pa.list_(pa.bool_())),
-        ("choice_bytes", pa.list_(pa.int64())),
-        ("choice_chars", pa.list_(pa.int64())),
-        ("text_bytes", pa.int64()),
-        ("generation", pa.list_(pa.string())),
-        ("finish_reason", pa.list_(pa.string())),
-        ("prompt_tokens", pa.int64()),
-        ("generated_tokens", pa.int64()),
-    ]
-)
+LEDGER = "ledger.jsonl"
+
+
+def part(folder: Path, number: int) -> Path:
+    """Where a pack's records are."""
+    return folder / f"samples-{number:05d}.parquet"
 
 
 def parts(folder: Path) -> list[Path]:
-    """The record files of a run, in order; one that an interruption cut is removed."""
-    whole = []
-    for path in sorted(folder.glob("samples-*.parquet")):
-        try:
-            pq.read_metadata(path)
-            whole.append(path)
-        except (OSError, pa.ArrowInvalid):
-            path.unlink()
-    return whole
+    """The record files of a measurement, in order."""
+    return sorted(folder.glob("samples-*.parquet"))
 
 
-def append(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Write records as one more part, whole or not at all."""
-    number = max((int(p.stem.split("-")[1]) for p in parts(folder)), default=-1) + 1
-    path = folder / f"samples-{number:05d}.parquet"
-    partial = folder / f".{path.name}"
+def problem(folder: Path, label: Mapping[str, Any]) -> str | None:
+    """What is wrong with a pack's part: None if it is there, whole and of these items."""
+    path = part(folder, label["pack"])
     try:
-        pq.write_table(pa.Table.from_pylist(records, schema=_SAMPLES), partial)
+        found, _ = decode(path)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        raise world(error, path) from error
+    except ValueError as error:
+        return str(error)
+    differ = [key for key, value in label.items() if found.get(key) != value]
+    return f"belongs to something else ({', '.join(differ)} differ)" if differ else None
+
+
+def waiting(folder: Path, labels: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The packs that are to be measured; a part that is there and wrong is named."""
+    out = []
+    for label in labels:
+        wrong = problem(folder, label)
+        if wrong:
+            out.append(int(label["pack"]))
+        if wrong and wrong != "missing":
+            say(f"{part(folder, label['pack'])}: {wrong}; its items are measured again")
+    return out
+
+
+def write(folder: Path, records: list[dict[str, Any]], label: Mapping[str, Any]) -> None:
+    """Write a pack's part, whole or not at all."""
+    path = part(folder, label["pack"])
+    partial = folder / f".{path.name}.{os.getpid()}"
+    try:
+        partial.write_bytes(encode(records, label))
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise world(error, path) from error
 
 
-def columns(folder: Path, names: list[str]) -> list[list]:
-    """Some columns of all records so far."""
-    tables = [pq.read_table(path, columns=names) for path in parts(folder)]
-    if not tables:
-        return [[] for _ in names]
-    table = pa.concat_tables(tables)
-    return [table[name].to_pylist() for name in names]
+def read(folder: Path, labels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All records. RunError names the first part that is not whole, and what to do."""
+    out: list[dict[str, Any]] = []
+    for label in labels:
+        path = part(folder, label["pack"])
+        wrong = problem(folder, label)
+        if wrong:
+            raise RunError(
+                f"{path}: {wrong}; delete manifest.json beside it and evaluate again: what is "
+                "whole is kept"
+            )
+        out += decode(path)[1]
+    return out
+
+
+def set_aside(folder: Path, count: int) -> None:
+    """Rename parts beyond the last pack, which no measurement of today wrote, and say so."""
+    for path in parts(folder):
+        number = path.stem.partition("-")[2]
+        if not number.isdigit() or int(number) >= count:
+            other = path.with_name(f"other-{path.name}")
+            try:
+                path.rename(other)
+            except FileNotFoundError:  # another process was faster
+                continue
+            except OSError as error:
+                raise world(error, path) from error
+            say(f"{path}: no part of this measurement of {count} packs; renamed to {other.name}")
+
+
+def spend(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to the ledger: what measuring a pack once took, and on what."""
+    path = folder / LEDGER
+    try:
+        with path.open("ab") as ledger:
+            ledger.write(b"\n" + json.dumps(entry, default=str).encode() + b"\n")
+    except OSError as error:
+        raise world(error, path) from error
+
+
+def spent(folder: Path) -> list[dict[str, Any]]:
+    """The ledger's lines; one that an interruption cut is left out."""
+    try:
+        lines = (folder / LEDGER).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    out = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and {"pack", "seconds", "tokens"} <= set(entry):
+            out.append(entry)
+    return out

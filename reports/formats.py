@@ -159,6 +159,32 @@ def _escape(text: str) -> str:
     return text.replace("\n", " ")
 
 
+_FAILURES = {
+    "truncated": "cut at the token limit",
+    "unextracted": "no answer found",
+    "tie": "best choices equal",
+    "infra": "not judged",
+}
+
+
+def health(report: Report) -> list[str]:
+    """Markdown lines that count what went otherwise than meant, by row and suite; none if nothing.
+
+    An item may count in two columns; only what was not judged is left out of scores.
+    """
+    found = [(cell, dict(cell.health)) for cell in report.cells.values()]
+    found = [(cell, counts) for cell, counts in found if any(counts.values())]
+    if not found:
+        return []
+    lines = ["", "## Items that did not go as meant", ""]
+    lines.append(f"| row | suite | items | {' | '.join(_FAILURES.values())} |")
+    lines.append("|" + " --- |" * (3 + len(_FAILURES)))
+    for cell, counts in found:
+        shown = " | ".join(str(counts.get(kind, 0)) for kind in _FAILURES)
+        lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {cell.n} | {shown} |")
+    return lines
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown tables."""
     lines = [f"# {_escape(report.recipe)}", "", _escape(headline(report)), ""]
@@ -181,6 +207,7 @@ def markdown(report: Report) -> str:
     if shown:
         lines.append(f"- smallest gain shown with 80 % power: {_escape('; '.join(shown))}")
     lines += [f"- not measured: {_escape(text)}" for text in reasons(report)]
+    lines += health(report)
     lines += ["", "## Rows", ""]
     lines += [f"- {_escape(row['name'])}: {_escape(row['summary'])}" for row in report.rows]
     lines += ["", "## Signatures", ""]

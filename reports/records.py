@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_samples(run: Run | Path | str) -> pd.DataFrame:
     """The raw records of a run, one line an item, in the order they were written.
 
-    FileNotFoundError if there are none, ValueError for a file that is not Parquet, a missing column
+    FileNotFoundError if there are none, ValueError for a part that is not whole, a missing column
     or an item recorded twice.
     """
     run = run if isinstance(run, Run) else Run.open(run)
@@ -78,7 +78,7 @@ def read_samples(run: Run | Path | str) -> pd.DataFrame:
         )
     import pandas as pd
 
-    frame = pd.concat([_read(path, SAMPLE_KEY) for path in paths], ignore_index=True)
+    frame = pd.concat([_read(path, SAMPLE_KEY, sealed=True) for path in paths], ignore_index=True)
     _no_duplicates(run.folder / "samples-*.parquet", frame, SAMPLE_KEY)
     return frame
 
@@ -135,7 +135,8 @@ def read_training_log(path: Path) -> dict[str, tuple[float, ...]]:
     return {str(name): tuple(frame[name].tolist()) for name in frame.columns}
 
 
-def _read(path: Path, columns: tuple[str, ...] | list[str]) -> pd.DataFrame:
+def _read(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False) -> pd.DataFrame:
+    """A Parquet file with these columns; sealed: where it carries a seal, that must be whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -150,6 +151,16 @@ def _read(path: Path, columns: tuple[str, ...] | list[str]) -> pd.DataFrame:
     if missing:
         found = ", ".join(table.column_names)
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {found}")
+    if sealed and b"kfuse" in (table.schema.metadata or {}):
+        from reports.parts import decode
+
+        try:
+            decode(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {error}; delete its folder's manifest.json and evaluate again: what is "
+                "whole is kept"
+            ) from error
     return table.to_pandas()
 
 

@@ -14,11 +14,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
-from harness import evaluate
-from harness.evaluate import load, measure, parts, rescore, sample
+from harness import packing
+from harness.evaluate import load, measure, sample
 from harness.heldout import heldout_suite
 from harness.plan import Plan, Step, plan
 from harness.recipe import parse
+from harness.samples import parts
+from harness.scores import rescore
 from harness.scoring import SharedPrefixLM
 from harness.store import read_manifest
 from tasks.suite import DEFINITIONS
@@ -82,7 +84,7 @@ def test_scores_equal_those_of_lm_evals_own_loop(
 def test_an_interrupted_measurement_goes_on_and_ends_the_same(
     tiny: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "CHOICE_ITEMS", 3)
+    monkeypatch.setattr(packing, "CHOICE_ITEMS", 3)
     made, step = measured(tiny, home, "gemma", "tiny_choice")
     whole = scores(step)
     shutil.rmtree(step.folder)

@@ -169,7 +169,11 @@ def test_not_measured_is_never_a_number(index: Path) -> None:
 
 
 def test_partial_runs_say_how_much(index: Path) -> None:
-    assert "partial: 40 of 100 items" in markdown(read(index))
+    text = markdown(read(index))
+    assert "partial: 40 of 100 items" in text
+    heading = "| row | suite | items | cut at the token limit | no answer found |"
+    assert heading in text
+    assert "| 40 | 1 | 0 | 0 | 0 |" in text
 
 
 def test_the_same_rows_are_inconclusive(index: Path) -> None:
