@@ -278,9 +278,11 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
     task = next(t for t in loaded.suite.tasks if t.name == item.task)
     base = {"task": item.task, "doc_id": item.doc_id, "cluster": record["cluster"]}
     if executed is not None:
-        value = {"pass": 1.0, "infra": math.nan}.get(executed, 0.0)
+        from harness.execution import summarise
+
+        value, outcome, counts = summarise(executed)
         extra = {"metric": task.metric, "value": value, "weight": 1.0}
-        yield base | extra | {"outcome": executed, "extracted": None}
+        yield base | extra | {"outcome": outcome, "extracted": counts}
         return
     object_ = loaded.tasks[item.task]
     for filter_name in item.requests[0].filtered_resps:
@@ -311,7 +313,7 @@ def _outcome(record: dict, extracted: str | None) -> str:
     return "tie" if len(best) > 1 and best[0] == best[1] else "ok"
 
 
-def _execute(plan: Plan, loaded: Loaded, records: dict) -> dict[tuple[str, int], str]:
+def _execute(plan: Plan, loaded: Loaded, records: dict) -> dict[tuple[str, int], list[str]]:
     from harness.execution import execute
 
     programs = [records[item.key] | {"doc": item.doc} for item in loaded.items]
