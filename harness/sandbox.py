@@ -18,6 +18,7 @@ fork bomb of root; and a process that first kills its watcher and then leaves it
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import selectors
@@ -42,7 +43,7 @@ ENCLOSURE = Path(__file__).with_name("enclosure.py")
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 GRACE = 5.0  # seconds that building and leaving the enclosure may take on a busy machine
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/nix/store")
-SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
+SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/R", "/etc/java-*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +225,8 @@ def _visible() -> list[str]:
     prefix = os.path.realpath(sys.base_prefix)
     own = [interpreter(), *(f"{prefix}/{part}" for part in ("lib", "lib64"))]
     covered = tuple(f"{path}/" for path in SYSTEM)
-    return [*SYSTEM, *SETTINGS, *(path for path in own if not path.startswith(covered))]
+    settings = [path for pattern in SETTINGS for path in glob.glob(pattern)]
+    return [*SYSTEM, *settings, *(path for path in own if not path.startswith(covered))]
 
 
 def _threads() -> int:

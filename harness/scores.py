@@ -83,9 +83,11 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
     task = next(t for t in loaded.suite.tasks if t.name == item.task)
     base = {"task": item.task, "doc_id": item.doc_id, "cluster": record["cluster"]}
     if executed is not None:
-        value = {"pass": 1.0, "infra": math.nan}.get(executed, 0.0)
+        from harness.execution import summarise
+
+        value, outcome, counts = summarise(executed)
         extra = {"metric": task.metric, "value": value, "weight": 1.0}
-        yield base | extra | {"outcome": executed, "extracted": None}
+        yield base | extra | {"outcome": outcome, "extracted": counts}
         return
     object_ = loaded.tasks[item.task]
     for filter_name in item.requests[0].filtered_resps:
@@ -191,7 +193,7 @@ def _engine(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return {k: v[0] if len(v) == 1 else v for k, v in engine.items()}, list(notes)
 
 
-def _execute(plan: Plan, loaded: Loaded, records: dict) -> dict[tuple[str, int], str]:
+def _execute(plan: Plan, loaded: Loaded, records: dict) -> dict[tuple[str, int], list[str]]:
     from harness.execution import execute
 
     programs = [records[item.key] | {"doc": item.doc} for item in loaded.items]

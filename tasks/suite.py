@@ -42,7 +42,8 @@ class Suite:
     """Tasks, one primary metric each, and one rule that aggregates them.
 
     rule: "macro" is the unweighted mean over tasks. datasets: keys of `datasets.DATASETS` that must
-    be there before lm-eval can load the tasks.
+    be there before lm-eval can load the tasks. without: tasks that a second average leaves out, as
+    their published scores cannot be trusted.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Suite:
     rule: Literal["macro"] = "macro"
     executes_code: bool = False
     datasets: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     reference: str = ""  # the paper whose column it mirrors
 
 

@@ -21,7 +21,7 @@ from harness.execution import (
     CANARIES,
     OUTCOMES,
     execute,
-    execute_samples,
+    fitness,
     pass_at_k,
     unfit,
     verdict,
@@ -42,7 +42,8 @@ def record(*completions: str) -> dict[str, Any]:
 
 def outcomes(*completions: str, **options: Any) -> list[str]:
     options = {"allow": True, "limits": QUICK} | options
-    return execute([record(completion) for completion in completions], **options)
+    found = execute([record(completion) for completion in completions], **options)
+    return [outcome for (outcome,) in found]
 
 
 EXPECTED = {
@@ -108,7 +109,7 @@ def test_samples_are_judged_one_by_one_and_progress_is_told() -> None:
         record(),
         record("    return 4 * x / 2\n"),
     ]
-    found = execute_samples(records, allow=True, limits=QUICK, progress=told.append)
+    found = execute(records, allow=True, limits=QUICK, progress=told.append)
     assert found == [["wrong", "pass"], [], ["pass"]]
     assert told == [1, 2, 3]
     assert execute([], allow=True) == []
@@ -137,7 +138,7 @@ def test_a_timeout_is_tried_again_alone(monkeypatch: pytest.MonkeyPatch) -> None
         return {"never": "timeout", "busy": "pass" if again else "timeout"}.get(completion, "wrong")
 
     monkeypatch.setattr(execution, "judge", judged)
-    monkeypatch.setattr(execution, "unfit", lambda: None)
+    monkeypatch.setattr(execution, "unfit", lambda *_: None)
     assert outcomes("never", "bad", "busy", workers=3) == ["timeout", "wrong", "pass"]
     assert [completion for completion, _ in asked][3:] == ["never", "busy"]
     assert asked[4][1] - asked[3][1] >= 0.05
@@ -155,22 +156,22 @@ def test_one_wrong_canary_makes_everything_infra(
     answers[broken] = "wrong" if answers[broken] == "pass" else "pass"
     replies = iter(answers)
     monkeypatch.setattr(execution, "judge", lambda *_: next(replies))
-    unfit.cache_clear()
+    fitness.cache_clear()
     try:
         assert outcomes("    return x\n", "    return 2 * x\n") == ["infra", "infra"]
     finally:
-        unfit.cache_clear()
+        fitness.cache_clear()
     assert "canary" in caplog.text
 
 
 def test_a_broken_sandbox_is_infra_and_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "interpreter", lambda: "/no/such/python")
-    unfit.cache_clear()
+    fitness.cache_clear()
     try:
         assert outcomes("    return 2 * x\n") == ["infra"]
         assert "'infra'" in (unfit() or "")
     finally:
-        unfit.cache_clear()
+        fitness.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_every_published_solution_of_some_problems_passes() -> None:
     documents = [json.loads(line) for line in text.splitlines()][::33]
     solved = [{"generation": [d["canonical_solution"]], "doc": d} for d in documents]
     empty = [{"generation": ["    pass\n"], "doc": d} for d in documents]
-    found = execute([*solved, *empty], allow=True)
+    found = [outcome for (outcome,) in execute([*solved, *empty], allow=True)]
     assert found[: len(solved)] == ["pass"] * len(solved)
     assert "pass" not in found[len(solved) :]
 
