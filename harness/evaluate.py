@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
-from harness.hashing import definition_hash
+from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say
@@ -64,6 +64,7 @@ class Loaded:
     tasks: dict[str, Any]
     items: list[Item]
     totals: dict[str, int]
+    hashes: dict[str, str] = field(default_factory=dict)  # sha256 of each set of questions
 
 
 def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | None = None) -> Loaded:
@@ -102,7 +103,7 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
             object_.build_all_requests(samples=chosen[task], rank=0, world_size=1)
         items += _items(task, object_.instances)
-    return Loaded(suite, tasks, items, totals)
+    return Loaded(suite, tasks, items, totals, data_hashes(data))
 
 
 def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
@@ -334,7 +335,8 @@ def _manifest(
     listed = []
     for task in loaded.suite.tasks:
         chosen = frame[(frame.task == task.name) & (frame.metric == task.metric)]
-        protocol = {"definition": definition, "task": task.name, "metric": task.metric}
+        protocol: dict[str, Any] = {"definition": definition, "task": task.name}
+        protocol |= {"metric": task.metric, "data": loaded.hashes}
         listed.append(
             {
                 "task": task.name,
@@ -363,7 +365,8 @@ def _manifest(
         "model_identity": plan.identities[row],
         "identity": step.identity,
         "content": step.content,
-        "protocol": identity([definition, data])[:12],
+        "protocol": identity([definition, data, loaded.hashes])[:12],
+        "data": loaded.hashes,
         "seed": recipe.seed,
         "limit": recipe.limit(step.name),
         "partial": len(loaded.items) < sum(loaded.totals.values()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
@@ -57,7 +58,9 @@ class Measuring:
             elif known and known.datasets:
                 from harness.assets import prepare_data
 
-                data = prepare_data(known.datasets, self.plan.home)
+                local = recipe.evaluate.data
+                place = Path(local).expanduser() if local else None
+                data = prepare_data(known.datasets, self.plan.home, place)
             # lm-eval explains itself at length; what matters is in our records.
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
             limit = recipe.limit(step.name)
