@@ -123,7 +123,8 @@ found = {}
 for name in BBH:
     task = manager.load([f"bbh_cot_fewshot_{name}"])["tasks"][f"bbh_cot_fewshot_{name}"]
     # Every tenth question: rendering all of them takes half a minute.
-    task.build_all_requests(samples=list(range(0, 250, 10))[:len(task.eval_docs) // 10], rank=0, world_size=1)
+    some = list(range(0, 250, 10))[: len(task.eval_docs) // 10]
+    task.build_all_requests(samples=some, rank=0, world_size=1)
     found[name] = [[*i.args, task.doc_to_target(i.doc)] for i in task.instances]
 print(json.dumps(found))
 """
