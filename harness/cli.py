@@ -48,6 +48,10 @@ Limit = Annotated[
         "--limit", min=1, help="at most N questions a suite: seeded, stratified, marked partial"
     ),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DIR", help="read questions from this folder where it has them"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done, do nothing")]
 
 
@@ -57,10 +61,11 @@ def run(
     overrides: Overrides = None,
     only: Only = None,
     limit: Limit = None,
+    data: Data = None,
     dry_run: DryRun = False,
 ) -> None:
     """Build, measure and report everything that a recipe names."""
-    _carry_out(recipe, _with_limit(overrides, limit), only, dry_run=dry_run)
+    _carry_out(recipe, _with(overrides, limit, data), only, dry_run=dry_run)
 
 
 @app.command()
@@ -77,26 +82,33 @@ def evaluate(
     overrides: Overrides = None,
     only: Only = None,
     limit: Limit = None,
+    data: Data = None,
     dry_run: DryRun = False,
 ) -> None:
     """Only measure the rows that are built."""
-    _carry_out(recipe, _with_limit(overrides, limit), only, ("evaluate",), dry_run=dry_run)
+    _carry_out(recipe, _with(overrides, limit, data), only, ("evaluate",), dry_run=dry_run)
 
 
 @app.command()
-def report(recipe: RecipeName, overrides: Overrides = None, limit: Limit = None) -> None:
+def report(
+    recipe: RecipeName, overrides: Overrides = None, limit: Limit = None, data: Data = None
+) -> None:
     """Only report, from what is built and measured."""
-    _carry_out(recipe, _with_limit(overrides, limit), stages=("report",))
+    _carry_out(recipe, _with(overrides, limit, data), stages=("report",))
 
 
 @app.command()
 def rescore(
-    recipe: RecipeName, overrides: Overrides = None, only: Only = None, limit: Limit = None
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    only: Only = None,
+    limit: Limit = None,
+    data: Data = None,
 ) -> None:
     """Derive every score again from the stored records, without a model."""
     from harness.run import rescore as derive
 
-    raise typer.Exit(derive(recipe, _with_limit(overrides, limit), only or []))
+    raise typer.Exit(derive(recipe, _with(overrides, limit, data), only or []))
 
 
 @app.command()
@@ -166,8 +178,14 @@ def _carry_out(
     raise typer.Exit(code)
 
 
-def _with_limit(overrides: list[str] | None, limit: int | None) -> list[str]:
-    return [*(overrides or []), *([f"evaluate.limit={limit}"] if limit else [])]
+def _with(overrides: list[str] | None, limit: int | None, data: str | None) -> list[str]:
+    """Overrides, and options as further ones."""
+    out = list(overrides or [])
+    if limit:
+        out.append(f"evaluate.limit={limit}")
+    if data:
+        out.append(f"evaluate.data={json.dumps(str(Path(data).absolute()))}")
+    return out
 
 
 def main() -> None:

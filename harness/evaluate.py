@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
-from harness.hashing import definition_hash
+from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say
@@ -73,12 +73,13 @@ class Loaded:
     items: list[Item]
     totals: dict[str, int]
     manager: TaskManager
+    hashes: dict[str, str] = field(default_factory=dict)  # sha256 of each set of questions
 
     @cached_property
     def protocol(self) -> str:
         """Hash of what defines the suite and of every question and prompt that is measured."""
         asked = [[*item.key, *item.hashes] for item in self.items]
-        return identity([definition_hash(self.suite.name), asked])[:12]
+        return identity([definition_hash(self.suite.name), asked, self.hashes])[:12]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
             object_.build_all_requests(samples=chosen[task], rank=0, world_size=1)
         items += _items(task, object_.instances)
-    return Loaded(suite, tasks, items, totals, manager)
+    return Loaded(suite, tasks, items, totals, manager, data_hashes(data))
 
 
 def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:

@@ -32,7 +32,12 @@ def export(runs: Sequence[Path], to: Path) -> list[Path]:
             raise RunError(str(error)) from error
         name, row = manifest["suite"], manifest["row"]
         loaded = load_suite_data(
-            name, home(), manifest["limit"], manifest["seed"], manifest.get("heldout")
+            name,
+            home(),
+            manifest["limit"],
+            manifest["seed"],
+            manifest.get("heldout"),
+            manifest.get("questions"),
         )
         if loaded.suite.executes_code:
             raise RunError(f"{folder}: {name} executes programs, which lm-eval's form cannot hold")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fusion.errors import RunError
 from harness.assets import PINNED
-from harness.store import identity, write_json
+from harness.store import identity, read_manifest, write_json
 from tasks.suite import load_suite
 
 TINY_VERSION = 2  # raise when the tiny models or their corpus come out otherwise
@@ -53,6 +53,12 @@ def corpus_hash(home: Path, path: str, key: str = "path") -> str:
     return identity({str(p.relative_to(place)): file_hash(home, p) for p in files})
 
 
+def data_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each set of questions in a folder of `prepare_data`; empty for any other folder."""
+    sets = (read_manifest(folder) or {}).get("sets", {})
+    return {name: entry["sha256"] for name, entry in sorted(sets.items())}
+
+
 @cache
 def definition_hash(suite: str) -> str:
     """Hash of what defines a suite: what it says, its task files and what they include, lm-eval."""
@@ -67,11 +73,18 @@ def definition_hash(suite: str) -> str:
     texts = {path: path.read_text() for path in sorted(folder.rglob("*.yaml"))}
     wanted = {f"task: {task.name}" for task in load_suite(suite).tasks}
     used = {path for path, text in texts.items() if wanted & set(text.splitlines())}
-    for path in list(used):
+    waiting = sorted(used)
+    while waiting:
+        path = waiting.pop()
         included = re.findall(r"^include: (\S+)$", texts[path], re.MULTILINE)
-        used |= {(path.parent / include).resolve() for include in included}
+        found = {(path.parent / include).resolve() for include in included}
+        waiting += sorted(found - used)
+        used |= found
     content = {path.name: texts[path] for path in sorted(used)}
     content["suite"] = repr(load_suite(suite))
-    for module in {m for path in used for m in re.findall(r"!function (\w+)\.", texts[path])}:
+    modules = {m for path in used for m in re.findall(r"!function (\w+)\.", texts[path])}
+    while modules - set(content):
+        module = min(modules - set(content))
         content[module] = (folder / f"{module}.py").read_text()
+        modules |= set(re.findall(r"^from tasks\.definitions\.(\w+) ", content[module], re.M))
     return identity({"files": content, "lm_eval": version("lm-eval")})

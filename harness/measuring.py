@@ -105,7 +105,9 @@ class Measuring:
             recipe = self.plan.recipe
             heldout = recipe.corpus.heldout if "heldout" in step.content and recipe.corpus else None
             limit, home = recipe.limit(step.name), self.plan.home
-            self.suites[step.name] = load_suite_data(step.name, home, limit, recipe.seed, heldout)
+            self.suites[step.name] = load_suite_data(
+                step.name, home, limit, recipe.seed, heldout, recipe.evaluate.data
+            )
         return self.suites[step.name]
 
     def _open(self, row: str) -> SharedPrefixLM | EnsembleLM:
@@ -136,9 +138,17 @@ class Measuring:
 
 
 def load_suite_data(
-    name: str, home: Path, limit: int | None, seed: int, heldout: str | None
+    name: str,
+    home: Path,
+    limit: int | None,
+    seed: int,
+    heldout: str | None,
+    local: str | None,
 ) -> Loaded:
-    """A suite's tasks and items, its data fetched if need be. heldout: a text of the recipe's."""
+    """A suite's tasks and items, its data fetched if need be.
+
+    heldout: a text of the recipe's. local: a folder where questions are looked for first.
+    """
     data, given = home, None
     known = suite_of(name)
     if heldout:
@@ -148,7 +158,7 @@ def load_suite_data(
     elif known and known.datasets:
         from harness.assets import prepare_data
 
-        data = prepare_data(known.datasets, home)
+        data = prepare_data(known.datasets, home, Path(local).expanduser() if local else None)
     # lm-eval explains itself at length; what matters is in our records.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return load(name, data, limit, seed, given)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from fusion.spec import Source, Train
-from harness.assets import PINNED
+from harness.assets import PINNED, local_files
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
 from harness.recipe import Recipe
 from harness.store import identity, read_manifest
@@ -378,7 +378,7 @@ def suite_of(name: str) -> Suite | None:
 
 def _evaluation(out: Plan, row: str, suite: str) -> None:
     recipe = out.recipe
-    content = {
+    content: dict[str, Any] = {
         "model": out.identities[row],
         "suite": suite,
         "definition": definition_hash(suite),
@@ -390,6 +390,10 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
     known = suite_of(suite)
     if known and known.executes_code:
         content["allow_code_execution"] = recipe.evaluate.allow_code_execution
+    if known and recipe.evaluate.data:
+        local = Path(recipe.evaluate.data).expanduser()
+        read = {str(p): file_hash(out.home, local / p) for p in local_files(known.datasets, local)}
+        content |= {"data": read} if read else {}
     if suite == "bits_per_byte" and recipe.corpus and recipe.corpus.heldout:
         content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout, "heldout")
     key = identity({"evaluate": content})

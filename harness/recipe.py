@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fusion.errors import RecipeError
-from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant
+from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant, operational
 from harness.checks import close, methods, names, references, suites
 
 BUNDLED = Path(__file__).parent / "recipes"
@@ -34,6 +34,9 @@ class Evaluate(Section):
         None, description="questions a suite (or by suite): a seeded sample, stratified by task"
     )
     dtype: Dtype = Field("float32", description="of the models when they are measured")
+    data: str | None = operational(
+        None, "folder with the questions; what they hold counts, not where they lie"
+    )
     allow_code_execution: bool = Field(
         False, description="let generated programs run in the sandbox"
     )

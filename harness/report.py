@@ -10,6 +10,7 @@ from typing import Any
 from harness.plan import Plan, Step, suite_of
 from harness.recipe import Loaded
 from harness.store import identity, provenance, read_manifest, write_json
+from tasks.published import LLAMA2, PUBLISHED
 
 
 def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, dict[str, Path]]:
@@ -38,6 +39,7 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
         "rows": [_row(plan, row) for row in recipe.rows],
         "suites": [_suite(plan, name, runs) for name in recipe.evaluate.suites],
         "cells": cells,
+        "published": _published(plan),
         "facts": {
             "machine": machine(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -48,6 +50,39 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
     path = folder / "index.json"
     write_json(path, index)
     return path, render(path)
+
+
+def _published(plan: Plan) -> list[dict[str, Any]]:
+    """What papers printed for this recipe's rows: its sources, by hub id, and their own rows.
+
+    A trained row is the paper's if it is named so and starts from the paper's target.
+    """
+    out = []
+    sources = {name: source.path for name, source in plan.recipe.sources.items()}
+    for row in plan.recipe.rows:
+        variant = plan.recipe.variants.get(row)
+        trained = variant.train if variant else None
+        model = sources.get(row)
+        if trained and sources.get(trained.init) == LLAMA2:
+            model = row
+        for suite in plan.recipe.evaluate.suites:
+            table = PUBLISHED.get(suite)
+            values = table.of(model) if table and model else {}
+            if not table or not values:
+                continue
+            averages = {name: list(table.tasks) for name in table.averages}
+            for name in list(averages)[1:]:
+                averages[name] = [task for task in table.tasks if task not in table.without]
+            entry = {"row": row, "suite": suite, "paper": table.paper, "table": table.table}
+            unlike = table.unlike or (
+                "trained anew: seeds move it, and it is no calibration" if trained else ""
+            )
+            out.append(
+                entry
+                | {"values": values, "averages": averages, "items": table.items}
+                | {"decimals": table.decimals, "unlike": unlike}
+            )
+    return out
 
 
 def _cost(folder: Path) -> dict[str, Any]:

@@ -213,7 +213,8 @@ def _manifest(
     listed = []
     for task in loaded.suite.tasks:
         chosen = frame[(frame.task == task.name) & (frame.metric == task.metric)]
-        protocol = {"definition": definition, "task": task.name, "metric": task.metric}
+        protocol: dict[str, Any] = {"definition": definition, "task": task.name}
+        protocol |= {"metric": task.metric, "data": loaded.hashes}
         listed.append(
             {
                 "task": task.name,
@@ -239,9 +240,11 @@ def _manifest(
         "identity": step.identity,
         "content": step.content,
         "protocol": loaded.protocol,
+        "data": loaded.hashes,
         "seed": recipe.seed,
         "limit": recipe.limit(step.name),
         "heldout": recipe.corpus.heldout if "heldout" in step.content and recipe.corpus else None,
+        "questions": recipe.evaluate.data,
         "partial": len(loaded.items) < sum(loaded.totals.values()),
         "dtype": recipe.evaluate.dtype,
         "lm_eval": version("lm-eval"),

@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from reports.calibration import calibrate
 from reports.table import Cell, Column, Gain, Report
 
 if TYPE_CHECKING:
@@ -185,6 +186,24 @@ def health(report: Report) -> list[str]:
     return lines
 
 
+def _published(report: Report) -> list[str]:
+    """Published numbers beside the measured ones, as a section of its own."""
+    found = calibrate(report)
+    if not found:
+        return []
+    lines = ["", "## Published", ""]
+    lines += ["| row | suite | task | published | measured | difference | verdict | source |"]
+    lines += ["|" + " --- |" * 8]
+    for entry in found:
+        values = [f"{100 * entry.published:.2f}", "–", "–"]
+        if entry.measured is not None and entry.difference is not None:
+            values[1:] = [f"{100 * entry.measured:.2f}", f"{100 * entry.difference:+.2f}"]
+        names = [_escape(text) for text in (entry.row, entry.suite, entry.task)]
+        verdict = _escape(f"{entry.verdict}: {entry.reason}")
+        lines.append(f"| {' | '.join([*names, *values, verdict, _escape(entry.source)])} |")
+    return lines
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown tables."""
     lines = [f"# {_escape(report.recipe)}", "", _escape(headline(report)), ""]
@@ -207,6 +226,7 @@ def markdown(report: Report) -> str:
     if shown:
         lines.append(f"- smallest gain shown with 80 % power: {_escape('; '.join(shown))}")
     lines += [f"- not measured: {_escape(text)}" for text in reasons(report)]
+    lines += _published(report)
     lines += health(report)
     lines += ["", "## Rows", ""]
     lines += [f"- {_escape(row['name'])}: {_escape(row['summary'])}" for row in report.rows]

@@ -109,6 +109,7 @@ class Report:
     recipe_yaml: str
     overrides: tuple[str, ...]
     home: Path
+    published: tuple[dict[str, Any], ...] = ()  # what papers printed for rows of this report
 
     def cell(self, row: str, suite: str) -> Cell:
         """The cell of a row and a suite."""
@@ -150,6 +151,7 @@ def read(index: Path) -> Report:
         recipe_yaml=content["recipe_yaml"],
         overrides=tuple(content.get("overrides", ())),
         home=home,
+        published=tuple(content.get("published", ())),
     )
 
 

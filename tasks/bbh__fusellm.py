@@ -6,7 +6,7 @@ answer is" up to the next full stop, else everything; case and punctuation are i
 unweighted mean over the tasks. It departs from it where that code stops at the last ids of a blank
 line only: stop strings are exact here.
 
-Questions come from the hub, or without it from HF_DATASETS_CACHE; they are in no package.
+Questions come from a local folder (--data), the hub or HF_DATASETS_CACHE; they are in no package.
 """
 
 from tasks.bbh81 import NAMES
@@ -27,5 +27,6 @@ SUITE = Suite(
         )
         for name in NAMES
     ),
+    datasets=tuple(f"bbh_{name}" for name in NAMES),
     reference="FuseLLM 2401.10491, table 1",
 )

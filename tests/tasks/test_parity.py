@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from harness.assets import prepare_data
+from harness.evaluate import load
+from harness.hashing import data_hashes
 from harness.store import home
 from tasks.suite import load_suite
 
@@ -85,37 +87,70 @@ def test_commonsense_requests_equal_the_stock_tasks(
         assert different == 0, f"{name}: {different} requests differ, the first is {first}"
 
 
-PROMPTS = """
-import json, logging
-from pathlib import Path
-from harness.evaluate import load
-logging.disable(logging.WARNING)
-loaded = load("bbh@fusellm", Path("."), None, 17)
-asked = {}
-for item in loaded.items:
-    asked.setdefault(item.task, []).append([item.requests[0].args[0], item.doc["gold"]])
-until = [item.requests[0].args[1] for item in loaded.items][0]
-print(json.dumps([asked, until]))
-"""
-
-
 def test_bbh_asks_the_official_questions_behind_the_official_prompts(
     shared: Path, tmp_path: Path
 ) -> None:
-    script = [sys.executable, str(shared / "data" / "make_hf_cache.py"), str(tmp_path), "--only"]
-    subprocess.run([*script, "bbh"], check=True, capture_output=True)
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PROMPTS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    asked, until = json.loads(done.stdout.splitlines()[-1])
-    assert (until["until"], until["max_gen_toks"], until["do_sample"]) == (["\n\n"], 512, False)
+    data = shared / "data"
+    folder = prepare_data(load_suite("bbh@fusellm").datasets, tmp_path, data)
+    loaded = load("bbh@fusellm", folder, None, 17)
+    asked: dict[str, list] = {}
+    for item in loaded.items:
+        until = item.requests[0].args[1]
+        assert (until["until"], until["max_gen_toks"], until["do_sample"]) == (["\n\n"], 512, False)
+        asked.setdefault(item.task, []).append([item.requests[0].args[0], item.doc["gold"]])
     assert sum(map(len, asked.values())) == 6511
-    data = shared / "data" / "bbh"
+    assert loaded.hashes == data_hashes(folder)
+    assert len(loaded.hashes) == 27
     for task in load_suite("bbh@fusellm").tasks:
         name = task.name.removeprefix("kfuse_bbh_fusellm_")
         # The first two lines of the official file are a canary and a rule.
-        solved = (data / "cot-prompts" / f"{name}.txt").read_text().split("\n", 2)[2]
-        official = json.loads((data / "bbh" / f"{name}.json").read_text())["examples"]
+        solved = (data / "bbh" / "cot-prompts" / f"{name}.txt").read_text().split("\n", 2)[2]
+        official = json.loads((data / "bbh" / "bbh" / f"{name}.json").read_text())["examples"]
         expected = [[f"{solved}\n\nQ: {q['input']}\nA:", q["target"]] for q in official]
         assert asked[task.name] == expected, name
+
+
+STOCK = """
+import json, logging
+from lm_eval.tasks import TaskManager
+logging.disable(logging.WARNING)
+from tasks.datasets import BBH
+import lm_eval
+from pathlib import Path
+folder = Path(lm_eval.__file__).parent / "tasks" / "bbh" / "cot_fewshot"
+manager = TaskManager(include_path=str(folder), include_defaults=False)
+found = {}
+for name in BBH:
+    task = manager.load([f"bbh_cot_fewshot_{name}"])["tasks"][f"bbh_cot_fewshot_{name}"]
+    # Every tenth question: rendering all of them takes half a minute.
+    some = list(range(0, 250, 10))[: len(task.eval_docs) // 10]
+    task.build_all_requests(samples=some, rank=0, world_size=1)
+    found[name] = [[*i.args, task.doc_to_target(i.doc)] for i in task.instances]
+print(json.dumps(found))
+"""
+
+
+def test_bbh_requests_of_lm_eval_equal_the_stock_tasks(shared: Path, tmp_path: Path) -> None:
+    data = shared / "data"
+    script = [sys.executable, str(data / "make_hf_cache.py"), str(tmp_path / "hub"), "--only"]
+    subprocess.run([*script, "bbh"], check=True, capture_output=True)
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STOCK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stock = json.loads(done.stdout.splitlines()[-1])
+    folder = prepare_data(load_suite("bbh@lm_eval").datasets, tmp_path, data)
+    loaded = load("bbh@lm_eval", folder, None, 17)
+    assert len(loaded.items) == 6511
+    assert sum(map(len, stock.values())) >= 640
+    for task in load_suite("bbh@lm_eval").tasks:
+        name = task.name.removeprefix("kfuse_bbh_lm_eval_")
+        ours = [i for i in loaded.items if i.task == task.name][::10][: len(stock[name])]
+        assert [[*i.requests[0].args, i.doc["gold"]] for i in ours] == stock[name], name
+    mine = loaded.tasks["kfuse_bbh_lm_eval_boolean_expressions"]
+    said = ["So the answer is False.", "the answer is (B).\nthe answer is 3", "none"]
+    assert [f.filters[0]().apply([[s] for s in said], [{}] * 3) for f in mine._filters][0] == [
+        ["False"],
+        ["(B)"],
+        ["[invalid]"],
+    ]
