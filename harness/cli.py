@@ -89,6 +89,27 @@ def report(recipe: RecipeName, overrides: Overrides = None, limit: Limit = None)
     _carry_out(recipe, _with_limit(overrides, limit), stages=("report",))
 
 
+Base = Annotated[str, typer.Argument(help="a row of a report, or a run's folder")]
+Candidate = Annotated[str, typer.Argument(help="the row or run that is judged")]
+ReportName = Annotated[
+    str | None, typer.Option("--report", help="the report that has both rows: its name or path")
+]
+
+
+@app.command()
+def compare(
+    base: Base,
+    candidate: Candidate,
+    report: ReportName = None,
+    items: Annotated[int, typer.Option(min=0, help="differing items to show a suite")] = 20,
+    csv: Annotated[Path | None, typer.Option(help="write all differing items here")] = None,
+) -> None:
+    """Two rows item by item: gains with intervals, and the items where the rows differ."""
+    from harness.verdicts import compare as show
+
+    print(show(base, candidate, report, items, csv))
+
+
 @app.command(name="inspect-alignment")
 def inspect_alignment(
     source: Annotated[str, typer.Argument(help="a model, named as in a recipe's `path`")],
