@@ -110,6 +110,25 @@ def compare(
     print(show(base, candidate, report, items, csv))
 
 
+@app.command()
+def gate(
+    base: Base,
+    candidate: Candidate,
+    report: ReportName = None,
+    gate: Annotated[
+        Path | None, typer.Option("--gate", help="rules (YAML); else no suite may lose 0.02")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the summary here, too")] = None,
+    junit: Annotated[Path | None, typer.Option(help="write JUnit XML here")] = None,
+) -> None:
+    """Regression test: exit 0 pass, 1 fail, 2 cannot be judged, 3 inconclusive."""
+    from harness.verdicts import gate as judge
+
+    text, code = judge(base, candidate, gate, report, markdown, junit)
+    print(text)
+    raise typer.Exit(code)
+
+
 @app.command(name="inspect-alignment")
 def inspect_alignment(
     source: Annotated[str, typer.Argument(help="a model, named as in a recipe's `path`")],

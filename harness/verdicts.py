@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusion.errors import RunError
+from fusion.errors import RecipeError, RunError
+from harness.gate_file import load
 from harness.store import home, write_text
 
 
@@ -36,3 +37,34 @@ def compare(
     if csv:
         write_text(csv, compare_formats.comma_separated(found))
     return compare_formats.markdown(found, items)
+
+
+def gate(
+    base: str,
+    candidate: str,
+    file: Path | None = None,
+    report: str | None = None,
+    markdown: Path | None = None,
+    junit: Path | None = None,
+) -> tuple[str, int]:
+    """The gate's summary and exit code: 0 pass, 1 fail, 3 inconclusive.
+
+    RecipeError, which is exit 2, for a wrong gate file and for runs that cannot be compared: a
+    failed measurement must not look like a failed candidate.
+    """
+    from reports import gate_formats
+    from reports.compare import open_pairs
+    from reports.gate import EXIT, default, judge
+
+    try:
+        with _readable():
+            pairs = open_pairs(base, candidate, home(), report)
+            result = judge(load(file, pairs) if file else default(pairs), pairs)
+        text = gate_formats.markdown(result)
+        if markdown:
+            write_text(markdown, text)
+        if junit:
+            write_text(junit, gate_formats.junit(result))
+    except RunError as error:
+        raise RecipeError(str(error)) from error
+    return text, EXIT[result.outcome]

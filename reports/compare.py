@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LEVEL = 0.95
+FEW = 25  # discordant items; below, the bootstrap is too sure of itself
 KEY = ["task", "doc_id"]
 
 
@@ -271,14 +272,15 @@ def _difference(
 def _interval(
     paired: Any, parts: tuple[Difference, ...], binary: bool, level: float
 ) -> tuple[float | None, float | None, str]:
-    """Tango's for right/wrong items, joined over tasks; else the bootstrap's."""
+    """Tango's for right/wrong items, joined over tasks where few differ; else the bootstrap's."""
     from reports.discordance import tango
     from reports.statistics import macro_interval
 
     if binary and not parts:
         low, high = tango(paired.better, paired.worse, paired.n, level)
         return low, high, "tango"
-    if parts and paired.low is None:
+    few = paired.better + paired.worse < FEW and all(p.interval == "tango" for p in parts)
+    if parts and (paired.low is None or few):
         spans = [None if p.low is None or p.high is None else (p.low, p.high) for p in parts]
         joined = macro_interval([p.gain for p in parts], spans)
         if joined:

@@ -91,11 +91,16 @@ def chance_to_pass(
     return float(norm.cdf((effect + margin) / error - norm.ppf(1 - alpha)))
 
 
-def smallest_margin(error: float, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The margin at which a candidate that is no worse passes with the given power."""
+def z_score(alpha: float) -> float:
+    """z_{1−α}."""
     from scipy.stats import norm
 
-    return float((norm.ppf(1 - alpha) + norm.ppf(power)) * error)
+    return float(norm.ppf(1 - alpha))
+
+
+def smallest_margin(error: float, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The margin at which a candidate that is no worse passes with the given power."""
+    return (z_score(alpha) + z_score(1 - power)) * error
 
 
 def _check(low: float, high: float, margin: float) -> None:
