@@ -129,6 +129,22 @@ def gate(
     raise typer.Exit(code)
 
 
+@app.command()
+def leaderboard(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="runs, folders of runs, reports, or result files of lm-eval"),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="markdown, csv, latex or json")
+    ] = "markdown",
+) -> None:
+    """Rank rows suite by suite, with what the ranks are worth."""
+    from harness.verdicts import leaderboard as rank
+
+    print(rank(runs, form), end="")
+
+
 @app.command(name="inspect-alignment")
 def inspect_alignment(
     source: Annotated[str, typer.Argument(help="a model, named as in a recipe's `path`")],

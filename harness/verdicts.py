@@ -5,7 +5,7 @@ What a user got wrong becomes one of the two errors here; the reports room itsel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,3 +68,14 @@ def gate(
     except RunError as error:
         raise RecipeError(str(error)) from error
     return text, EXIT[result.outcome]
+
+
+def leaderboard(paths: Sequence[Path], form: str = "markdown") -> str:
+    """Runs, reports and result files of lm-eval as ranked tables; `form` is a key of FORMATS."""
+    from reports.leaderboard import boards, find_runs
+    from reports.leaderboard_formats import FORMATS
+
+    if form not in FORMATS:
+        raise RecipeError(f"--format {form}: unknown; known: {', '.join(FORMATS)}")
+    with _readable():
+        return FORMATS[form](boards(*find_runs(paths)))

@@ -139,3 +139,19 @@ def test_hostile_names_stay_text_in_junit(
     kfuse(monkeypatch, "gate", base, base, "--junit", junit)
     assert "<a&b>" in (ET.parse(junit).getroot().get("name") or "")
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_leaderboard_in_every_format_and_an_unknown_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation(tmp_path, "x", {"a": RIGHT})
+    evaluation(tmp_path, "y", {"a": RIGHT * 0})
+    signs = {"markdown": "| 1 [1, 1] | x |", "csv": "suite,protocol", "latex": "toprule"}
+    for form, sign in (signs | {"json": '"boards"'}).items():
+        where = tmp_path / "evaluations"
+        assert kfuse(monkeypatch, "leaderboard", where, "--format", form) == 0
+        assert sign in capsys.readouterr().out
+    assert kfuse(monkeypatch, "leaderboard", tmp_path / "evaluations", "--format", "pdf") == 2
+    assert "known: markdown, csv, latex, json" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "leaderboard", tmp_path / "nowhere") == 1
+    assert "no finished run" in capsys.readouterr().err
