@@ -146,7 +146,7 @@ def test_a_leaderboard_in_every_format_and_an_unknown_one(
 ) -> None:
     evaluation(tmp_path, "x", {"a": RIGHT})
     evaluation(tmp_path, "y", {"a": RIGHT * 0})
-    signs = {"markdown": "| 1 [1, 1] | x |", "csv": "suite,protocol", "latex": "toprule"}
+    signs = {"markdown": r"| 1 \[1, 1\] | x |", "csv": "suite,protocol", "latex": "toprule"}
     for form, sign in (signs | {"json": '"boards"'}).items():
         where = tmp_path / "evaluations"
         assert kfuse(monkeypatch, "leaderboard", where, "--format", form) == 0

@@ -16,6 +16,7 @@ from reports.compare import NotComparable
 from reports.leaderboard import Board, boards, find_runs
 from reports.leaderboard_formats import comma_separated, latex, machine_readable, markdown, tex
 from reports.lm_eval_results import read_results
+from reports.records import Run
 
 _SPEC = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "test_compare.py")
 assert _SPEC is not None
@@ -151,9 +152,12 @@ def test_hostile_names_stay_in_their_cells_in_every_format(tmp_path: Path) -> No
 
 
 def test_five_hundred_rows(tmp_path: Path) -> None:
+    """Five kinds of rows, a hundred of each."""
     g = np.random.default_rng(2)
-    rows = {f"row{i:03}": {"a": (g.random(40) < i / 500).astype(float)} for i in range(500)}
-    found = board(tmp_path, rows)
+    kinds = [evaluation(tmp_path, f"kind{i}", {"a": g.random(40) < i / 5}) for i in range(5)]
+    opened = [Run.open(kinds[i % 5]) for i in range(500)]
+    runs = [Run(r.folder, r.manifest | {"row": f"row{i:03}"}) for i, r in enumerate(opened)]
+    (found,) = boards(runs)
     assert len(found.lines) == 500
     assert found.lines[0].rank == 1
     assert all(
