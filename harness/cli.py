@@ -123,6 +123,62 @@ def export(
         print(path)
 
 
+Base = Annotated[str, typer.Argument(help="a row of a report, or a run's folder")]
+Candidate = Annotated[str, typer.Argument(help="the row or run that is judged")]
+ReportName = Annotated[
+    str | None, typer.Option("--report", help="the report that has both rows: its name or path")
+]
+
+
+@app.command()
+def compare(
+    base: Base,
+    candidate: Candidate,
+    report: ReportName = None,
+    items: Annotated[int, typer.Option(min=0, help="differing items to show a suite")] = 20,
+    csv: Annotated[Path | None, typer.Option(help="write all differing items here")] = None,
+) -> None:
+    """Two rows item by item: gains with intervals, and the items where the rows differ."""
+    from harness.verdicts import compare as show
+
+    print(show(base, candidate, report, items, csv))
+
+
+@app.command()
+def gate(
+    base: Base,
+    candidate: Candidate,
+    report: ReportName = None,
+    gate: Annotated[
+        Path | None, typer.Option("--gate", help="rules (YAML); else no suite may lose 0.02")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the summary here, too")] = None,
+    junit: Annotated[Path | None, typer.Option(help="write JUnit XML here")] = None,
+) -> None:
+    """Regression test: exit 0 pass, 1 fail, 2 cannot be judged, 3 inconclusive."""
+    from harness.verdicts import gate as judge
+
+    text, code = judge(base, candidate, gate, report, markdown, junit)
+    print(text)
+    raise typer.Exit(code)
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="runs, folders of runs, reports, or result files of lm-eval"),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="markdown, csv, latex or json")
+    ] = "markdown",
+) -> None:
+    """Rank rows suite by suite, with what the ranks are worth."""
+    from harness.verdicts import leaderboard as rank
+
+    print(rank(runs, form), end="")
+
+
 @app.command(name="inspect-alignment")
 def inspect_alignment(
     source: Annotated[str, typer.Argument(help="a model, named as in a recipe's `path`")],

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from reports.bootstrap import BLOCK, Method, limits
+
 Array = npt.NDArray[np.float64]
 Values = npt.ArrayLike
 
 DRAWS = 10_000
 EXACT_FLIPS = 13  # 2**13 sign patterns: fewer than DRAWS, so all are counted
-CATEGORIES = 256  # up to here drawing how often each distinct item comes is the faster way
-BLOCK = 4_000_000  # numbers drawn at once, 32 MB
 
 
 @dataclass(frozen=True)
@@ -125,27 +125,26 @@ def paired_bootstrap(
     clusters: Values | None = None,
     draws: int = DRAWS,
     level: float = 0.95,
+    method: Method = "bca",
 ) -> Paired:
-    """The gain of a row over the reference with a percentile interval and a p-value.
+    """The gain of a row over the reference with a bootstrap interval and a p-value.
 
         gain = 1/H · Σ_tasks (Σ w·d / Σ w),   d = scores − reference
 
     Items (n,) with NaN on either side are left out on both. Clusters are drawn within tasks, n − 1
-    of
-    n, so that the variance of a task with few items is not understated (Rao & Wu 1988); tasks of
-    one
-    cluster are drawn as if they were the items of one task (collapsed strata, which is careful).
-    The
-    p-value does not come from these draws: it is that of the permutation test that swaps the two
-    rows within clusters, exact up to 13 clusters that differ, sampled beyond. The bootstrap itself
-    would call four discordant items out of four significant.
+    of n, so that the variance of a task with few items is not understated (Rao & Wu 1988); tasks of
+    one cluster are drawn as if they were the items of one task (collapsed strata, which is
+    careful). The limits are BCa (Efron 1987). The p-value does not come from these draws: it is
+    that of the permutation test that swaps the two rows within clusters, exact up to 13 clusters
+    that differ, sampled beyond. The bootstrap itself would call four discordant items out of four
+    significant.
     ValueError for lengths that differ, too few draws, or no item that both scored.
     """
     parts = _clusters(scores, reference, tasks, weights, clusters)
     if draws < DRAWS:
         raise ValueError(f"paired_bootstrap: {draws} draws; at least {DRAWS} are needed")
     gain = macro([float(part[:, 0].sum() / part[:, 1].sum()) for part in parts.strata])
-    low, high = _percentiles(parts.strata, generator, draws, level)
+    low, high = limits(parts.strata, generator, draws, level, method)
     shares = [part[:, 0] / (part[:, 1].sum() * len(parts.strata)) for part in parts.strata]
     flips = np.concatenate(shares)
     return Paired(
@@ -181,7 +180,7 @@ def score_interval(
         if len(part) < n:
             n = _effective(part, score, n)
         return wilson(min(n, score * n), n, level)
-    low, high = _percentiles(parts.strata, generator, DRAWS, level)
+    low, high = limits(parts.strata, generator, DRAWS, level)
     return None if low is None or high is None else (low, high)
 
 
@@ -239,48 +238,6 @@ def _clusters(
         ]
         strata.append(np.stack(summed, axis=1))
     return _Parts(strata, difference, weight)
-
-
-def _percentiles(
-    strata: list[Array], generator: np.random.Generator, draws: int, level: float
-) -> tuple[float | None, float | None]:
-    """Percentiles of the macro mean over bootstrap draws; None if nothing varies."""
-    tasks = len(strata)
-    by_size = sorted(range(tasks), key=lambda i: len(strata[i]))
-    single = [i for i in by_size if len(strata[i]) == 1]
-    if len(single) == 1:
-        single = by_size[:2]  # a unit alone cannot vary: it shares a stratum with the next smallest
-    total = np.zeros(draws)
-    for number in range(tasks):
-        if number not in single:
-            total += _ratios(strata[number], generator, draws) / tasks
-    if len(single) == 1:
-        return None, None
-    if single:
-        ratio = [strata[i][:, 0].sum() / strata[i][:, 1].sum() for i in single]
-        units = np.stack([np.array(ratio), np.ones(len(ratio))], axis=1)
-        total += _ratios(units, generator, draws) * len(single) / tasks
-    if np.ptp(total) == 0:
-        return None, None
-    low, high = np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _ratios(part: Array, generator: np.random.Generator, draws: int) -> Array:
-    """(draws,) ratios of sums, each over n − 1 of the n clusters drawn with replacement."""
-    units, counts = np.unique(part, axis=0, return_counts=True)
-    n = len(part)
-    sums = np.empty((draws, 2))
-    few = len(units) <= CATEGORIES
-    step = max(1, BLOCK // (len(units) if few else n))
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
-        if few:
-            times = generator.multinomial(n - 1, counts / n, size=size)
-            sums[start : start + size] = times @ units
-        else:
-            sums[start : start + size] = part[generator.integers(n, size=(size, n - 1))].sum(axis=1)
-    return np.asarray(sums[:, 0] / sums[:, 1])
 
 
 def _sign_flip(parts: Array, generator: np.random.Generator, draws: int) -> float:

@@ -113,21 +113,6 @@ def test_items_scored_on_one_side_only_are_left_out() -> None:
         paired_bootstrap([np.nan], [1.0], generator())
 
 
-def test_the_interval_covers_and_the_test_keeps_its_level() -> None:
-    """200 simulated comparisons of 120 items; the bounds are three standard errors wide."""
-    g = np.random.default_rng(11)
-    covered = rejected = 0
-    for _ in range(200):
-        difference = g.normal(0.0, 1.0, 120)
-        found = paired_bootstrap(difference, np.zeros(120), g)
-        assert found.low is not None
-        assert found.high is not None
-        covered += found.low <= 0 <= found.high
-        rejected += found.p_value < 0.05
-    assert 0.90 < covered / 200 < 0.995
-    assert rejected / 200 < 0.1
-
-
 def test_intervals_of_scores() -> None:
     values = np.array([1, 0, 1, 1, 0, 1, 1, 1.0])
     assert score_interval(values, generator()) == pytest.approx(wilson(6, 8))

@@ -1,0 +1,123 @@
+"""A leaderboard as Markdown, CSV, LaTeX (booktabs) and JSON; text is escaped for each.
+
+Add a format: a function of boards and its line in FORMATS at the foot.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from reports.compare_formats import shown
+from reports.formats import interval, number
+from reports.leaderboard import FORMULA, Board, Line
+from reports.table import Column
+
+Boards = Sequence[Board]
+HEAD = ("rank", "row", "score", "95 % interval", "above chance", "group", "n", "source")
+GROUPS = "rows that share a letter are not told apart (z-tests on paired differences, Holm, 5 %)"
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
+    "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
+    "–": "--", "−": "$-$", "@": "@",
+}  # fmt: skip
+
+
+def _column(board: Board) -> Column:
+    return Column(board.suite, board.suite, board.higher_is_better, board.unit)
+
+
+def _rank(line: Line) -> str:
+    if line.rank_low is None or line.rank_high is None:
+        return str(line.rank)
+    return f"{line.rank} [{line.rank_low}, {line.rank_high}]"
+
+
+def _cells(board: Board, line: Line) -> list[str]:
+    kind = _column(board)
+    above = "–" if line.normalised is None else f"{line.normalised:.3f}"
+    return [
+        _rank(line), line.row, number(line.score, kind), interval(line.low, line.high, kind),
+        above, line.group, str(line.n or "–"), line.source,
+    ]  # fmt: skip
+
+
+def _title(board: Board) -> str:
+    unit = "%" if board.unit else "as measured"
+    way = "higher" if board.higher_is_better else "lower"
+    return f"{board.suite} ({unit}, {way} is better), protocol {board.protocol}"
+
+
+def _notes(board: Board) -> list[str]:
+    return [note for note in (board.partial, board.note) if note]
+
+
+def markdown(boards: Boards) -> str:
+    """One table a suite and protocol."""
+    lines = ["# Leaderboard", "", f"Above chance: {FORMULA}. Groups: {GROUPS}.", ""]
+    for board in boards:
+        lines += [f"## {shown(_title(board))}", "", f"| {' | '.join(HEAD)} |"]
+        lines.append("|" + " --- |" * len(HEAD))
+        for line in board.lines:
+            lines.append(f"| {' | '.join(shown(cell) for cell in _cells(board, line))} |")
+        lines += ["", *(f"- {shown(note)}" for note in _notes(board)), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def comma_separated(boards: Boards) -> str:
+    """One line a row and column; fractions, full precision; empty where there is no number."""
+    out = io.StringIO()
+    names = ["suite", "protocol", *Line.__dataclass_fields__]
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for board in boards:
+        for line in board.lines:
+            known = {"suite": board.suite, "protocol": board.protocol}
+            writer.writerow(known | asdict(line) | {"n": line.n or None})
+    return out.getvalue()
+
+
+def machine_readable(boards: Boards) -> str:
+    """The boards as JSON, with the formula."""
+    content = {"above_chance": FORMULA, "groups": GROUPS, "boards": [asdict(b) for b in boards]}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def tex(text: str) -> str:
+    """Text that LaTeX prints as it is; what it cannot print becomes a question mark."""
+    printable = "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(_LATEX.get(c, c) for c in printable)
+
+
+def latex(boards: Boards) -> str:
+    """Long tables with booktabs rules; \\usepackage{booktabs,longtable} in the preamble."""
+    parts = ["% \\usepackage{booktabs,longtable}; \\usepackage[T1]{fontenc}"]
+    for board in boards:
+        head = " & ".join(tex(name) for name in HEAD)
+        parts += [
+            f"\\begin{{longtable}}{{{'l' * len(HEAD)}}}",
+            f"\\caption{{{tex(_title(board))}}} \\\\",
+            "\\toprule",
+            f"{head} \\\\",
+            "\\midrule",
+            "\\endhead",
+        ]
+        for line in board.lines:
+            # Braces: a bracket at the start of a line would be read as an option of the line break.
+            parts.append("{}" + " & ".join(tex(cell) for cell in _cells(board, line)) + " \\\\")
+        parts += ["\\bottomrule", "\\end{longtable}"]
+        parts += [tex(f"{note}.") + "\n" for note in _notes(board)]
+    parts.append(tex(f"Above chance: {FORMULA}. Groups: {GROUPS}."))
+    return "\n".join(parts) + "\n"
+
+
+FORMATS: dict[str, Callable[[Boards], str]] = {
+    "markdown": markdown,
+    "csv": comma_separated,
+    "latex": latex,
+    "json": machine_readable,
+}

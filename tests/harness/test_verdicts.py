@@ -1,0 +1,157 @@
+"""The verdict commands: exit codes, files and messages."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.cli import main
+from tests.reports.test_compare import RIGHT, evaluation
+
+
+def kfuse(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of the command."""
+    monkeypatch.setattr("sys.argv", ["kfuse", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
+
+
+def test_compare_prints_and_writes_the_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = evaluation(tmp_path, "base", {"a": RIGHT})
+    other = evaluation(tmp_path, "candidate", {"a": np.ones(100)})
+    table = tmp_path / "items.csv"
+    assert kfuse(monkeypatch, "compare", one, other, "--csv", table) == 0
+    assert "# candidate against base" in capsys.readouterr().out
+    assert len(table.read_text().splitlines()) == 41
+
+
+def test_what_cannot_be_compared_is_a_sentence_and_exit_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = evaluation(tmp_path, "base", {"a": RIGHT})
+    other = evaluation(tmp_path, "candidate", {"a": RIGHT}, seed=5)
+    assert kfuse(monkeypatch, "compare", one, other) == 1
+    assert "seed is 5, in the reference 1" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "compare", one, "nothing") == 1
+    assert "no run folder" in capsys.readouterr().err
+
+
+GATE = """
+rules:
+  - {suite: suite, kind: non_inferiority, margin: 0.05}
+  - {suite: suite, kind: no_harm, margin: 0.2}
+"""
+
+
+def test_a_gate_passes_fails_or_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(GATE)
+    base = evaluation(tmp_path, "base", {"a": RIGHT, "b": RIGHT})
+    near = RIGHT.copy()
+    near[:10] = 1 - near[:10]
+    rows = {
+        "same": ({"a": RIGHT, "b": RIGHT}, 0),
+        "lost": ({"a": RIGHT * 0, "b": RIGHT}, 1),
+        "near": ({"a": near, "b": near}, 3),
+    }
+    for row, (tasks, code) in rows.items():
+        other = evaluation(tmp_path, row, tasks)
+        summary, junit = tmp_path / f"{row}.md", tmp_path / f"{row}.xml"
+        files = ("--gate", gate, "--markdown", summary, "--junit", junit)
+        assert kfuse(monkeypatch, "gate", base, other, *files) == code, row
+        text = summary.read_text()
+        assert text.index("## What these items can show") < text.index("## Verdict")
+        suite = ET.parse(junit).getroot()
+        assert suite.get("tests") == "3"
+        assert int(suite.get("failures") or 0) == (2 if row == "lost" else 0)
+        assert (int(suite.get("skipped") or 0) > 0) == (row == "near")
+    capsys.readouterr()
+
+
+def test_without_a_gate_file_no_suite_may_lose_two_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluation(tmp_path, "base", {"a": RIGHT})
+    assert kfuse(monkeypatch, "gate", base, base) == 3
+    assert "loses at most 2.0 points" in capsys.readouterr().out
+    many = evaluation(tmp_path, "many", {"a": np.tile(RIGHT, 20)}, suite="large")
+    assert kfuse(monkeypatch, "gate", many, many) == 0
+
+
+def test_all_mistakes_of_a_gate_file_come_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluation(tmp_path, "base", {"a": RIGHT})
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(
+        "alpa: 0.1\nrules:\n  - {suite: suit, kind: non_inferiority, margin: -1}\n"
+        "  - {suite: suite, kind: better}\n  - {suite: suite, kind: superiority, margin: 0.1}\n"
+        "  - {suite: suite, kind: no_harm, margin: 0.1, tasks: [aa]}\n"
+    )
+    assert kfuse(monkeypatch, "gate", base, base, "--gate", gate) == 2
+    said = capsys.readouterr().err
+    assert "6 problems" in said
+    for part in ("alpa", "(alpha?)", "rules[0].suite", "(suite?)",
+                 "rules[0].margin", "rules[1].kind", "known: 'superiority'",
+                 "superiority has no margin", "rules[3].tasks[0]"):  # fmt: skip
+        assert part in said, part
+
+
+@pytest.mark.parametrize("text", ["", "rules: [", "- 1", "rules: []", "rules: 3", "\x00"])
+def test_files_that_are_no_gate_are_exit_two(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluation(tmp_path, "base", {"a": RIGHT})
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(text)
+    assert kfuse(monkeypatch, "gate", base, base, "--gate", gate) == 2
+    assert "gate.yaml" in capsys.readouterr().err
+
+
+def test_runs_that_cannot_be_compared_are_exit_two_of_a_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluation(tmp_path, "base", {"a": RIGHT})
+    other = evaluation(tmp_path, "other", {"a": RIGHT}, protocol="p2")
+    assert kfuse(monkeypatch, "gate", base, other) == 2
+    assert "protocol is p2" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "gate", base, tmp_path / "none") == 2
+    manifest = base / "manifest.json"
+    manifest.write_text(json.dumps({"kind": "model"}))
+    assert kfuse(monkeypatch, "gate", base, other) == 2
+
+
+def test_hostile_names_stay_text_in_junit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "<a&b>\x1b|]]>"
+    base = evaluation(tmp_path, hostile, {hostile: RIGHT})
+    junit = tmp_path / "out.xml"
+    kfuse(monkeypatch, "gate", base, base, "--junit", junit)
+    assert "<a&b>" in (ET.parse(junit).getroot().get("name") or "")
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_leaderboard_in_every_format_and_an_unknown_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation(tmp_path, "x", {"a": RIGHT})
+    evaluation(tmp_path, "y", {"a": RIGHT * 0})
+    signs = {"markdown": r"| 1 \[1, 1\] | x |", "csv": "suite,protocol", "latex": "toprule"}
+    for form, sign in (signs | {"json": '"boards"'}).items():
+        where = tmp_path / "evaluations"
+        assert kfuse(monkeypatch, "leaderboard", where, "--format", form) == 0
+        assert sign in capsys.readouterr().out
+    assert kfuse(monkeypatch, "leaderboard", tmp_path / "evaluations", "--format", "pdf") == 2
+    assert "known: markdown, csv, latex, json" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "leaderboard", tmp_path / "nowhere") == 1
+    assert "no finished run" in capsys.readouterr().err

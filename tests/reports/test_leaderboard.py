@@ -1,0 +1,168 @@
+"""Ranks with intervals and groups, columns by protocol, imports, and hostile names."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reports.compare import NotComparable
+from reports.leaderboard import Board, boards, find_runs
+from reports.leaderboard_formats import comma_separated, latex, machine_readable, markdown, tex
+from reports.lm_eval_results import read_results
+from reports.records import Run
+
+_SPEC = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "test_compare.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+_RUNS = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_RUNS)
+evaluation, RIGHT = _RUNS.evaluation, _RUNS.RIGHT
+
+
+def board(home: Path, rows: dict[str, dict], **changes: object) -> Board:
+    folders = [evaluation(home, row, tasks, **changes) for row, tasks in rows.items()]
+    (found,) = boards(find_runs(folders)[0])
+    return found
+
+
+def test_the_best_is_first_and_ranks_have_intervals_and_groups(tmp_path: Path) -> None:
+    near = RIGHT.copy()
+    near[0] = 0
+    found = board(tmp_path, {"low": {"a": RIGHT * 0}, "near": {"a": near}, "top": {"a": RIGHT}})
+    assert [line.row for line in found.lines] == ["top", "near", "low"]
+    assert [line.rank for line in found.lines] == [1, 2, 3]
+    top, second, low = found.lines
+    assert (top.rank_low, top.rank_high) == (1, 2)
+    assert (second.rank_low, second.rank_high) == (1, 2)
+    assert (low.rank_low, low.rank_high) == (3, 3)
+    assert set(top.group) & set(second.group)
+    assert not set(top.group) & set(low.group)
+    # Chance is 0.25 in the made-up runs: (0.6 − 0.25) / 0.75.
+    assert top.normalised == pytest.approx(0.35 / 0.75)
+    assert low.normalised == pytest.approx(-0.25 / 0.75)
+
+
+def test_equal_rows_share_a_rank_and_cannot_be_told_apart(tmp_path: Path) -> None:
+    found = board(tmp_path, {"x": {"a": RIGHT}, "y": {"a": RIGHT}})
+    assert [(ln.rank, ln.rank_low, ln.rank_high, ln.group) for ln in found.lines] == [
+        (1, 1, 2, "a"),
+        (1, 1, 2, "a"),
+    ]
+
+
+def test_fewer_bits_are_first_and_have_no_chance_level(tmp_path: Path) -> None:
+    bits = np.linspace(0.9, 1.1, 40)
+    rows = {"many": {"a": bits + 0.1}, "few": {"a": bits}}
+    found = board(tmp_path, rows, metric="bits_per_byte")
+    assert [line.row for line in found.lines] == ["few", "many"]
+    assert found.lines[0].normalised is None
+    assert "lower is better" in markdown([found])
+
+
+def test_rows_of_different_protocols_are_never_in_one_column(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, "x", {"a": RIGHT})
+    two = evaluation(tmp_path, "y", {"a": RIGHT}, protocol="p2")
+    three = evaluation(tmp_path, "z", {"a": RIGHT}, dtype="bfloat16")
+    found = boards(find_runs([one, two, three])[0])
+    assert [[line.row for line in b.lines] for b in found] == [["x"], ["y"], ["z"]]
+    assert len({b.protocol for b in found}) == 3
+
+
+def test_missing_items_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, "x", {"a": RIGHT})
+    two = evaluation(tmp_path, "y", {"a": RIGHT})
+    _RUNS.change_scores(two, lambda frame: frame.iloc[5:])
+    with pytest.raises(NotComparable, match="5 items"):
+        boards(find_runs([one, two])[0])
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_a_row_without_scores_has_a_reason_and_no_zero(tmp_path: Path) -> None:
+    found = board(tmp_path, {"x": {"a": RIGHT}, "y": {"a": RIGHT}})
+    _RUNS.change_scores(
+        tmp_path / "evaluations" / f"{b'y'.hex()}-suite", lambda f: f.assign(value=np.nan)
+    )
+    (found,) = boards(find_runs([tmp_path / "evaluations"])[0])
+    assert [line.row for line in found.lines] == ["x"]
+    assert "y: not measured: no item was scored in a" in found.note
+
+
+RESULTS = {
+    "model_name": "org/model|<&_%",
+    "results": {
+        "arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.01,
+                     "acc_norm,none": 0.45, "acc_norm_stderr,none": 0.01},
+        "wikitext": {"bits_per_byte,none": 0.9, "bits_per_byte_stderr,none": "N/A"},
+        "broken": {"acc,none": "N/A"},
+    },
+    "n-shot": {"arc_easy": 0}, "versions": {"arc_easy": 1.0},
+    "n-samples": {"arc_easy": {"original": 2376, "effective": 2376}},
+}  # fmt: skip
+
+
+def test_result_files_of_lm_eval_are_marked_and_stand_apart(tmp_path: Path) -> None:
+    path = tmp_path / "results_2026.json"
+    path.write_text(json.dumps(RESULTS))
+    one = evaluation(tmp_path, "x", {"arc_easy": RIGHT})
+    found = boards(*find_runs([one, path]))
+    assert [b.suite for b in found] == ["suite", "arc_easy", "wikitext"]
+    line = found[1].lines[0]
+    assert (line.score, line.n, line.source) == (0.45, 2376, "imported from lm-eval")
+    assert (line.low, line.high) == pytest.approx((0.45 - 0.0196, 0.45 + 0.0196), abs=1e-4)
+    assert line.rank_low is None
+    assert found[2].lines[0].low is None
+    assert "no items" in found[1].note
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"results": {"a": {"x,none": 1}}}'])
+def test_files_that_are_no_results_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        read_results(path)
+
+
+HOSTILE = "a|<b>&_%$#{}~^\\\n\x1b"
+
+
+def test_hostile_names_stay_in_their_cells_in_every_format(tmp_path: Path) -> None:
+    found = board(tmp_path, {HOSTILE: {"a": RIGHT}, "y": {"a": RIGHT * 0}})
+    text = markdown([found])
+    assert "<b>" not in text
+    assert "\x1b" not in text
+    table = [x for x in text.splitlines() if x.startswith("| ") and "---" not in x]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {9}
+    rows = list(csv.DictReader(io.StringIO(comma_separated([found]))))
+    assert rows[0]["row"] == HOSTILE
+    assert json.loads(machine_readable([found]))["boards"][0]["lines"][0]["row"] == HOSTILE
+    made = latex([found])
+    body = next(x for x in made.splitlines() if "textbar" in x)
+    assert len(re.findall(r"(?<!\\)&", body)) == 7
+    assert tex("a_b%") == r"a\_b\%"
+    assert tex("\\{") == r"\textbackslash{}\{"
+    assert {r"\toprule", r"\midrule", r"\bottomrule"} <= set(made.splitlines())
+
+
+def test_five_hundred_rows(tmp_path: Path) -> None:
+    """Five kinds of rows, a hundred of each."""
+    g = np.random.default_rng(2)
+    kinds = [evaluation(tmp_path, f"kind{i}", {"a": g.random(40) < i / 5}) for i in range(5)]
+    opened = [Run.open(kinds[i % 5]) for i in range(500)]
+    runs = [Run(r.folder, r.manifest | {"row": f"row{i:03}"}) for i, r in enumerate(opened)]
+    (found,) = boards(runs)
+    assert len(found.lines) == 500
+    assert found.lines[0].rank == 1
+    assert all(
+        ln.rank_low <= ln.rank <= ln.rank_high
+        for ln in found.lines
+        if ln.rank_low is not None and ln.rank_high is not None
+    )
+    assert len(latex([found]).splitlines()) > 500
