@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fusion.compatibility import FLOATS, refuse_mismatches
+from fusion.cards import describe
+from fusion.compatibility import FLOATS, differences, pad_vocabulary, refuse_mismatches
 from fusion.errors import RecipeError, RunError
 from fusion.geometry import EMBEDDINGS
 from fusion.merging import MERGE_METHODS, context, needs_base
@@ -36,6 +37,12 @@ INDEX = "model.safetensors.index.json"
 # What belongs to a model beside its weights: copied by a merge, counted by its identity.
 _BESIDE = "config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json"
 _BESIDE += " vocab.* merges.txt *.model *.spm chat_template*"
+DTYPES_OF = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Entry = tuple[str, int, tuple[int, ...]]  # a tensor to write: type as BF16, bytes of all, shape
 _DERIVED = "rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
@@ -58,9 +65,16 @@ class Checkpoint:
                 )
             self.files |= {name: opened for name in held if not name.endswith(_DERIVED)}
         self.stored_as: dict[str, str] = {}  # a tied head and the embedding that it is
+        self.rows: dict[str, int] = {}  # of embeddings that are cut or extended
+        self.donors: Sequence[Checkpoint] = ()  # whose rows extend them, the first that has one
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
+        stored = self.stored(name)
+        return (self.rows.get(name, stored[0]), *stored[1:]) if stored else stored
+
+    def stored(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in its file."""
         return tuple(self._slice(name).get_shape())
 
     def code(self, name: str) -> str:
@@ -70,9 +84,21 @@ class Checkpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """One tensor, as stored, or its rows from start to below stop."""
         with _reading(self.folder):
+            if name in self.rows:
+                stop = self.rows[name] if stop is None else stop
+                return self._extended(name, start, stop)
             if stop is None:
                 return self.files[name].get_tensor(self.stored_as.get(name, name))
             return self._slice(name)[start:stop]
+
+    def _extended(self, name: str, start: int, stop: int) -> Tensor:
+        parts = []
+        for donor in (self, *self.donors):
+            end = min(stop, donor.stored(name)[0])
+            if start < end:
+                parts.append(donor._slice(name)[start:end].to(DTYPES_OF[self.code(name)]))
+                start = end
+        return torch.cat(parts)
 
     def embedding(self) -> str | None:
         """Name of the input embedding."""
@@ -98,11 +124,17 @@ def merge(
     parameters: Mapping[str, Any],
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    pad: str | None = None,
+    rows: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files.
+    """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files, notes.
 
     `dtype` is that of the written weights. Configuration, tokenizer and generation configuration
-    are those of the base, or of the first folder. Everything is written in a hidden folder beside
+    are those of the base, or of the first folder; `notes` say where others differ from them without
+    hindering. Embeddings of unequal size are refused unless `pad` says how to make them equal:
+    trim them to the rows that all have, or extend them by the rows of the first model that has
+    them, the base first. `merge.yaml` and README.md in `out` say what was merged, by the names
+    `rows` (by default the folders'). Everything is written in a hidden folder beside
     `out` and moved when whole; a manifest is the caller's. RecipeError if the method refuses its
     parameters; RunError if the models do not fit together, with all mismatches, or a file is
     damaged.
@@ -115,7 +147,11 @@ def merge(
         opened = {f: Checkpoint(f, stack) for f in dict.fromkeys((origin, *folders))}
         unique = len({folder.name for folder in opened}) == len(opened)
         named = {folder.name if unique else str(folder): c for folder, c in opened.items()}
-        refuse_mismatches(named, _config(origin))
+        config = _config(origin)
+        if pad:
+            config |= pad_vocabulary(named, pad)
+        refuse_mismatches(named, config)
+        notes = differences(named)
         inputs = [opened[folder] for folder in folders]
 
         floats = [n for n in sorted(opened[origin].files) if opened[origin].code(n) in FLOATS]
@@ -139,8 +175,17 @@ def merge(
                 entries[name] = (code, inputs[0].read(name).nbytes, shape)
         with _published(out) as partial:
             facts = _write(partial, entries, merged, shard_bytes)
-            _copy_beside(origin, partial, dtype)
-    return facts
+            _copy_beside(origin, partial, {**config, "dtype": dtype})
+            section = {
+                "inputs": list(rows or (folder.name for folder in folders)),
+                "base": base.name if base else None,
+                "method": method,
+                "parameters": dict(parameters),
+                "pad": pad,
+                "dtype": dtype,
+            }
+            describe(partial, section, notes)
+    return facts | {"notes": notes}
 
 
 def _try_out(method: str, parameters: Mapping[str, Any], count: int, based: bool) -> None:
@@ -270,13 +315,12 @@ def _config(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text()))
 
 
-def _copy_beside(source: Path, out: Path, dtype: str) -> None:
-    """Everything beside the weights; the configuration says the type that was written."""
+def _copy_beside(source: Path, out: Path, config: dict[str, Any]) -> None:
+    """Everything beside the weights; the configuration says what was written."""
     for path in _beside(source):
         shutil.copyfile(path, out / path.name)
-    config = _config(source)
     config.pop("torch_dtype", None)
-    (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _beside(folder: Path) -> list[Path]:

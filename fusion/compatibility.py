@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import RunError
@@ -16,8 +18,97 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # whatever else is the same in all model
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
 
+def pad_vocabulary(named: Mapping[str, Checkpoint], pad: str) -> dict[str, int]:
+    """Give embeddings and heads of all models one number of rows; what changes in a configuration.
+
+    `pad`: trim to the smallest, or extend to the largest. Raises RunError where trimming would
+    cut off rows that the first model's tokenizer uses.
+    """
+    every = list(named.values())
+    names = sorted({n for c in every for n in c.files if n.endswith(EMBEDDINGS + _HEADS)})
+    changed: dict[str, int] = {}
+    for name in names:
+        holding = [c for c in every if name in c.files]
+        sizes = [c.stored(name)[0] for c in holding]
+        if len(set(sizes)) == 1:
+            continue
+        rows = min(sizes) if pad == "trim" else max(sizes)
+        used = max(vocabulary(every[0].folder).values(), default=-1) + 1
+        if used > rows:
+            raise RunError(
+                f"{name} would be cut to {rows} rows, but the tokenizer of {next(iter(named))} "
+                f"uses {used}; set pad: extend"
+            )
+        for checkpoint in holding:
+            checkpoint.rows[name], checkpoint.donors = rows, every
+        changed["vocab_size"] = rows
+    return changed
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Token to id of a folder's tokenizer.json, with its added tokens; empty if there is none."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        what = f"{folder / 'tokenizer.json'}: is not JSON ({error}); fetch it again"
+        raise RunError(what) from error
+    tokens = (content.get("model") or {}).get("vocab") or {}
+    if isinstance(tokens, list):  # Unigram: (token, score) in the order of ids
+        tokens = {token: place for place, (token, _) in enumerate(tokens)}
+    return tokens | {added["content"]: added["id"] for added in content.get("added_tokens") or ()}
+
+
+def _tokenizers(named: Mapping[str, Checkpoint]) -> Iterator[tuple[str, str]]:
+    """Tokens that have another id in another model, against the first."""
+    (first, checkpoint), *others = named.items()
+    own = vocabulary(checkpoint.folder)
+    for other, theirs in others:
+        ids = vocabulary(theirs.folder)
+        moved = sorted((i, token) for token, i in own.items() if ids.get(token, i) != i)
+        if moved:
+            at, token = moved[0]
+            more = f" (and {len(moved) - 1} more tokens)" * (len(moved) > 1)
+            yield (
+                f"tokenizer.json: {token!r} is {at} in {first} but {ids[token]} in {other}{more}",
+                "a row of an embedding must mean one token: merge models of one tokenizer",
+            )
+
+
+def differences(named: Mapping[str, Checkpoint]) -> list[str]:
+    """What differs and does not hinder: the stored type, and the chat template."""
+    (first, origin), *others = named.items()
+    notes = []
+    types = {name: _type(checkpoint) for name, checkpoint in named.items()}
+    if len(set(types.values())) > 1:
+        listed = ", ".join(f"{code} in {name}" for name, code in types.items())
+        notes.append(f"stored type: {listed}; merged in float32")
+    template = chat_template(origin.folder)
+    for name, checkpoint in others:
+        if (theirs := chat_template(checkpoint.folder)) != template:
+            how = "has none" if theirs is None else "is another"
+            notes.append(f"chat template: that of {first} is kept; {name} {how}")
+    return notes
+
+
+def _type(checkpoint: Checkpoint) -> str:
+    return "+".join(sorted({c for n in checkpoint.files if (c := checkpoint.code(n)) in FLOATS}))
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a folder, from its file or its tokenizer's configuration."""
+    if (file := folder / "chat_template.jinja").exists():
+        return file.read_text()
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if found is None else json.dumps(found) if not isinstance(found, str) else found
+
+
 def refuse_mismatches(named: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> None:
-    if found := [*_heads(named, config), *mismatches(named)]:
+    if found := [*_heads(named, config), *_tokenizers(named), *mismatches(named)]:
         what = f"{', '.join(named)} cannot be merged tensor by tensor:"
         remedies = "; ".join(dict.fromkeys(remedy for _, remedy in found))
         raise RunError("\n  ".join([what, *(line for line, _ in found)]) + f"\n{remedies}")
@@ -81,8 +172,8 @@ def _difference(
         return f"is in {here} but not in {there}", family
     shapes, codes = (one.shape(name), two.shape(name)), (one.code(name), two.code(name))
     if shapes[0] != shapes[1]:
-        vocabulary = "give all models one tokenizer first, and resize their embeddings to it"
-        remedy = vocabulary if name.endswith(EMBEDDINGS + _HEADS) else family
+        sizes = "set pad: trim (keep the rows that all have) or pad: extend (fill in missing rows)"
+        remedy = sizes if name.endswith(EMBEDDINGS + _HEADS) else family
         return f"is {shapes[0]} in {one_name} but {shapes[1]} in {two_name}", remedy
     if all(code in FLOATS for code in codes):
         return None
