@@ -12,7 +12,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,19 +24,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fusion.cards import describe
+from fusion.compatibility import FLOATS, differences, pad_vocabulary, refuse_mismatches
 from fusion.errors import RecipeError, RunError
-from fusion.merging import MERGE_METHODS, needs_base
+from fusion.geometry import EMBEDDINGS
+from fusion.merging import MERGE_METHODS, context, needs_base
 from fusion.models import DTYPES
+from fusion.streaming import Merging
 
 SHARD_BYTES = 2_000_000_000  # tensor bytes in one written file, at most, if no tensor is larger
 INDEX = "model.safetensors.index.json"
 # What belongs to a model beside its weights: copied by a merge, counted by its identity.
 _BESIDE = "config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json"
 _BESIDE += " vocab.* merges.txt *.model *.spm chat_template*"
-_FLOATS = ("F64", "F32", "F16", "BF16")  # whatever else is the same in all models, or refused
+DTYPES_OF = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 Entry = tuple[str, int, tuple[int, ...]]  # a tensor to write: type as BF16, bytes of all, shape
 _DERIVED = "rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
 
@@ -59,23 +65,44 @@ class Checkpoint:
                 )
             self.files |= {name: opened for name in held if not name.endswith(_DERIVED)}
         self.stored_as: dict[str, str] = {}  # a tied head and the embedding that it is
+        self.rows: dict[str, int] = {}  # of embeddings that are cut or extended
+        self.donors: Sequence[Checkpoint] = ()  # whose rows extend them, the first that has one
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
+        stored = self.stored(name)
+        return (self.rows.get(name, stored[0]), *stored[1:]) if stored else stored
+
+    def stored(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in its file."""
         return tuple(self._slice(name).get_shape())
 
     def code(self, name: str) -> str:
         """Element type of a tensor as safetensors calls it, such as BF16."""
         return str(self._slice(name).get_dtype())
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, as stored."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """One tensor, as stored, or its rows from start to below stop."""
         with _reading(self.folder):
-            return self.files[name].get_tensor(self.stored_as.get(name, name))
+            if name in self.rows:
+                stop = self.rows[name] if stop is None else stop
+                return self._extended(name, start, stop)
+            if stop is None:
+                return self.files[name].get_tensor(self.stored_as.get(name, name))
+            return self._slice(name)[start:stop]
+
+    def _extended(self, name: str, start: int, stop: int) -> Tensor:
+        parts = []
+        for donor in (self, *self.donors):
+            end = min(stop, donor.stored(name)[0])
+            if start < end:
+                parts.append(donor._slice(name)[start:end].to(DTYPES_OF[self.code(name)]))
+                start = end
+        return torch.cat(parts)
 
     def embedding(self) -> str | None:
         """Name of the input embedding."""
-        return next((name for name in sorted(self.files) if name.endswith(_EMBEDDINGS)), None)
+        return next((name for name in sorted(self.files) if name.endswith(EMBEDDINGS)), None)
 
     def ties(self, head: str) -> bool:
         """Whether the output head is the input embedding: not stored, or stored the same."""
@@ -97,11 +124,17 @@ def merge(
     parameters: Mapping[str, Any],
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    pad: str | None = None,
+    rows: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files.
+    """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files, notes.
 
     `dtype` is that of the written weights. Configuration, tokenizer and generation configuration
-    are those of the base, or of the first folder. Everything is written in a hidden folder beside
+    are those of the base, or of the first folder; `notes` say where others differ from them without
+    hindering. Embeddings of unequal size are refused unless `pad` says how to make them equal:
+    trim them to the rows that all have, or extend them by the rows of the first model that has
+    them, the base first. `merge.yaml` and README.md in `out` say what was merged, by the names
+    `rows` (by default the folders'). Everything is written in a hidden folder beside
     `out` and moved when whole; a manifest is the caller's. RecipeError if the method refuses its
     parameters; RunError if the models do not fit together, with all mismatches, or a file is
     damaged.
@@ -114,29 +147,45 @@ def merge(
         opened = {f: Checkpoint(f, stack) for f in dict.fromkeys((origin, *folders))}
         unique = len({folder.name for folder in opened}) == len(opened)
         named = {folder.name if unique else str(folder): c for folder, c in opened.items()}
-        _refuse_mismatches(named, _config(origin))
+        config = _config(origin)
+        if pad:
+            config |= pad_vocabulary(named, pad)
+        refuse_mismatches(named, config)
+        notes = differences(named)
         inputs = [opened[folder] for folder in folders]
 
-        def merged(name: str) -> Tensor:
-            read = [checkpoint.read(name) for checkpoint in inputs]
-            if inputs[0].code(name) not in _FLOATS:
-                return read[0]
-            ground = opened[base].read(name).float() if base else None
-            result = MERGE_METHODS[method]([t.float() for t in read], ground, **parameters)
-            return result.to(DTYPES[dtype])
+        floats = [n for n in sorted(opened[origin].files) if opened[origin].code(n) in FLOATS]
+        keys = [identity(folder) for folder in folders] if "models" in context(method) else None
+        ground = opened[base] if base else None
+        work = Merging(inputs, ground, method, parameters, floats, keys)
+
+        def merged(name: str) -> Iterator[Tensor]:
+            if inputs[0].code(name) not in FLOATS:
+                yield inputs[0].read(name)
+            else:
+                yield from (piece.to(DTYPES[dtype]) for piece in work.pieces(name))
 
         entries: dict[str, Entry] = {}
         for name in sorted(opened[origin].files):
             code, shape = opened[origin].code(name), opened[origin].shape(name)
-            if code in _FLOATS:
+            if code in FLOATS:
                 size = DTYPES[dtype].itemsize * prod(shape)
                 entries[name] = (_CODES[dtype], size, shape)
             else:
                 entries[name] = (code, inputs[0].read(name).nbytes, shape)
         with _published(out) as partial:
             facts = _write(partial, entries, merged, shard_bytes)
-            _copy_beside(origin, partial, dtype)
-    return facts
+            _copy_beside(origin, partial, {**config, "dtype": dtype})
+            section = {
+                "inputs": list(rows or (folder.name for folder in folders)),
+                "base": base.name if base else None,
+                "method": method,
+                "parameters": dict(parameters),
+                "pad": pad,
+                "dtype": dtype,
+            }
+            describe(partial, section, notes)
+    return facts | {"notes": notes}
 
 
 def _try_out(method: str, parameters: Mapping[str, Any], count: int, based: bool) -> None:
@@ -188,87 +237,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise RunError(f"{what}; if it is truncated or damaged, fetch or build it again") from error
 
 
-def _refuse_mismatches(named: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> None:
-    if found := [*_heads(named, config), *mismatches(named)]:
-        what = f"{', '.join(named)} cannot be merged tensor by tensor:"
-        remedies = "; ".join(dict.fromkeys(remedy for _, remedy in found))
-        raise RunError("\n  ".join([what, *(line for line, _ in found)]) + f"\n{remedies}")
-
-
-def _heads(named: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Output heads that some models tie to the embedding and some do not; settles the others.
-
-    Where all tie, the head is stored as in the first model, whose configuration is taken.
-    """
-    target = next(iter(named.values()))
-    for head in _HEADS:
-        storing = [name for name, c in named.items() if head in c.files]
-        if not storing or (len(storing) == len(named) and not config.get("tie_word_embeddings")):
-            continue
-        own = [name for name in storing if not named[name].ties(head)]
-        if own and (tied := [name for name in named if name not in own]):
-            yield (
-                f"{head} is a tensor of its own in {', '.join(own)} but the embedding in "
-                f"{', '.join(tied)}",
-                "merge models that all tie the output head, or untie it in all: set "
-                "tie_word_embeddings to false and save with the embedding copied as the head",
-            )
-            for checkpoint in named.values():
-                checkpoint.files.pop(head, None)
-        elif not own:
-            for checkpoint in named.values():
-                if head not in target.files:
-                    checkpoint.files.pop(head, None)
-                elif head not in checkpoint.files and (embedding := checkpoint.embedding()):
-                    checkpoint.files[head] = checkpoint.files[embedding]
-                    checkpoint.stored_as[head] = embedding
-
-
-def mismatches(named: Mapping[str, Checkpoint]) -> list[tuple[str, str]]:
-    """Why these checkpoints cannot be merged: (what differs, what to do), against the first one.
-
-    Tensors of all layers that differ alike are one line.
-    """
-    first_name, first = next(iter(named.items()))
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for other_name, other in list(named.items())[1:]:
-        for tensor in sorted(first.files.keys() | other.files.keys()):
-            if difference := _difference(tensor, first, other, first_name, other_name):
-                pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
-                found.setdefault((*difference, pattern), []).append(tensor)
-    more = {
-        key: f" (and {len(names) - 1} more like it)" * (len(names) > 1)
-        for key, names in found.items()
-    }
-    return [(f"{names[0]} {key[0]}{more[key]}", key[1]) for key, names in found.items()]
-
-
-def _difference(
-    name: str, one: Checkpoint, two: Checkpoint, one_name: str, two_name: str
-) -> tuple[str, str] | None:
-    """How a tensor differs between two models, without its name, and the remedy."""
-    family = "merge models of one architecture and size, trained from one base"
-    if name not in one.files or name not in two.files:
-        here, there = (one_name, two_name) if name in one.files else (two_name, one_name)
-        return f"is in {here} but not in {there}", family
-    shapes, codes = (one.shape(name), two.shape(name)), (one.code(name), two.code(name))
-    if shapes[0] != shapes[1]:
-        vocabulary = "give all models one tokenizer first, and resize their embeddings to it"
-        remedy = vocabulary if name.endswith(_EMBEDDINGS + _HEADS) else family
-        return f"is {shapes[0]} in {one_name} but {shapes[1]} in {two_name}", remedy
-    if all(code in _FLOATS for code in codes):
-        return None
-    if codes[0] != codes[1]:
-        line = f"is {codes[0]} in {one_name} but {codes[1]} in {two_name}"
-    elif torch.equal(_bytes(one.read(name)), _bytes(two.read(name))):
-        return None
-    else:
-        line = f"holds {codes[0]} that differ between {one_name} and {two_name}"
-    return line, "only floating-point tensors can be merged: undo quantization first"
-
-
 def _write(
-    out: Path, entries: Mapping[str, Entry], merged: Callable[[str], Tensor], limit: int
+    out: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]], limit: int
 ) -> dict[str, Any]:
     """Compute and write tensors in the order of `entries`, in files of at most `limit` bytes."""
     shards: list[list[str]] = []
@@ -294,7 +264,9 @@ def _write(
     return {"tensors": len(entries), "parameters": numbers, "bytes": total, "files": len(shards)}
 
 
-def _write_file(path: Path, entries: Mapping[str, Entry], merged: Callable[[str], Tensor]) -> None:
+def _write_file(
+    path: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]]
+) -> None:
     """One safetensors file: length of the header, header, tensors one after another.
 
     The safetensors package writes whole dictionaries only, which would hold a shard in memory.
@@ -313,7 +285,8 @@ def _write_file(path: Path, entries: Mapping[str, Entry], merged: Callable[[str]
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(_bytes(merged(name)).numpy().data)
+            for piece in merged(name):
+                file.write(_bytes(piece).numpy().data)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -342,13 +315,12 @@ def _config(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text()))
 
 
-def _copy_beside(source: Path, out: Path, dtype: str) -> None:
-    """Everything beside the weights; the configuration says the type that was written."""
+def _copy_beside(source: Path, out: Path, config: dict[str, Any]) -> None:
+    """Everything beside the weights; the configuration says what was written."""
     for path in _beside(source):
         shutil.copyfile(path, out / path.name)
-    config = _config(source)
     config.pop("torch_dtype", None)
-    (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _beside(folder: Path) -> list[Path]:

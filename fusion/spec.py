@@ -161,6 +161,11 @@ class Merge(Section):
     method: str = Field(description="a merge method, see `kfuse list`")
     base: str | None = Field(None, description="row whose weights the changes are taken from")
     parameters: dict[str, Any] = Field({}, description="parameters of the method")
+    pad: Literal["trim", "extend"] | None = Field(
+        None,
+        description="embeddings of unequal size: keep the rows that all have, or give each model "
+        "the missing rows of the first that has them (the base first)",
+    )
     dtype: Dtype = Field("float32", description="of the written weights")
 
 

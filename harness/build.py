@@ -341,6 +341,8 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
         section.method,
         section.parameters,
         section.dtype,
+        pad=section.pad,
+        rows=section.inputs,
     )
 
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from fusion import merging
+from fusion import merging, streaming
 from fusion.checkpoints import INDEX, identity, merge
 from fusion.errors import RecipeError, RunError
-from fusion.merging import MERGE_METHODS, needs_base
+from fusion.merging import MERGE_METHODS, STATISTICS, context, needs_base, over_model
 
 Make = Callable[..., Path]
 
@@ -78,9 +78,59 @@ def test_every_method_merges_folders(make: Make, tmp_path: Path, method: str) ->
     merge([one, two], base, tmp_path / "out", method, {})
     zero = weights(base) if base else None
     first, second, found = weights(one), weights(two), weights(tmp_path / "out")
+    known: dict[str, Any] = {"models": [identity(one), identity(two)]}
+    if over_model(method, {}):
+        parts = [(n, [first[n], second[n]], zero and zero[n]) for n in sorted(first)]
+        known["found"] = STATISTICS[method](parts)
     for name, tensor in found.items():
-        expected = MERGE_METHODS[method]([first[name], second[name]], zero[name] if zero else None)
+        known["name"] = name
+        given = {key: value for key, value in known.items() if key in context(method)}
+        ground = zero[name] if zero else None
+        expected = MERGE_METHODS[method]([first[name], second[name]], ground, **given)
         assert torch.equal(tensor, expected)
+
+
+CUT = [(m, {}) for m in MERGE_METHODS] + [
+    ("varm", {"granularity": "layer"}),
+    ("varm", {"granularity": "model"}),
+    ("model_stock", {"filter_wise": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CUT)
+def test_rows_merge_as_the_whole_tensor_does(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: dict
+) -> None:
+    base, one, two = (make(name, seed) for seed, name in enumerate(("base", "one", "two")))
+    merge([one, two], base, tmp_path / "whole", method, options)
+    monkeypatch.setattr(streaming, "PIECE", 300)
+    merge([one, two], base, tmp_path / "cut", method, options)
+    found = weights(tmp_path / "cut")
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-7, rtol=0)
+
+
+def test_varm_shares_weights_over_a_layer_or_the_model(make: Make, tmp_path: Path) -> None:
+    base, one, two = (make(name, seed) for seed, name in enumerate(("base", "one", "two")))
+    edit(two, lambda t: t.update({n: 2 * v for n, v in t.items() if ".layers.1." in n}))
+    zero, first, second = weights(base), weights(one), weights(two)
+
+    def share(names: list[str]) -> float:
+        moved = [
+            sum(((m[n] - zero[n]).double() ** 2).sum().item() for n in names)
+            for m in (first, second)
+        ]
+        return moved[0] / sum(moved) if any(moved) else 0.5
+
+    for granularity in ("layer", "model"):
+        out = tmp_path / granularity
+        merge([one, two], base, out, "varm", {"granularity": granularity})
+        for name, tensor in weights(out).items():
+            layer = ".".join(name.split(".")[:3]) + "."
+            group = [n for n in zero if n.startswith(layer)] if ".layers." in name else [name]
+            part = share(list(zero) if granularity == "model" else group)
+            expected = part * first[name] + (1 - part) * second[name]
+            torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_written_type_is_in_the_configuration(make: Make, tmp_path: Path) -> None:
@@ -102,9 +152,12 @@ def test_shards_of_the_inputs_do_not_change_a_byte(make: Make, tmp_path: Path) -
     merge(whole[1:], whole[0], tmp_path / "a", "sce", {})
     merge(cut[1:], cut[0], tmp_path / "b", "sce", {})
     merge(whole[:0:-1], whole[0], tmp_path / "c", "sce", {})
-    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    for other in "bc":
-        assert {p.name: p.read_bytes() for p in (tmp_path / other).iterdir()} == files
+    told = ("README.md", "merge.yaml")  # they name the folders
+
+    def files(out: str) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (tmp_path / out).iterdir() if p.name not in told}
+
+    assert files("a") == files("b") == files("c")
 
 
 def test_a_size_limit_cuts_the_result_in_shards(make: Make, tmp_path: Path) -> None:
@@ -136,7 +189,7 @@ def test_all_mismatches_come_in_one_message_before_any_work(make: Make, tmp_path
     text = str(raised.value)
     assert "lm_head.weight is (64, 32) in one but (80, 32) in two" in text
     assert "model.embed_tokens.weight is (64, 32) in one but (80, 32) in two" in text
-    assert "give all models one tokenizer first, and resize their embeddings" in text
+    assert "set pad: trim (keep the rows that all have) or pad: extend" in text
     assert "model.layers.2.mlp.up_proj.weight is in two but not in one" in text
     down = "model.layers.0.mlp.down_proj.weight is (32, 48) in one but (32, 64) in three"
     assert f"{down} (and 1 more like it)" in text

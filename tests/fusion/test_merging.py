@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusion import merging
-from fusion.merging import MERGE_METHODS, linear, needs_base, parameters, slerp, task_arithmetic
+from fusion import selection
+from fusion.merging import (
+    MERGE_METHODS,
+    context,
+    linear,
+    needs_base,
+    parameters,
+    slerp,
+    task_arithmetic,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = pytest.mark.parametrize("method", MERGE_METHODS)
@@ -67,7 +75,8 @@ def test_the_order_of_models_does_not_change_a_bit(method: str, seed: int, count
     base, *models = tensors(seed, count + 1, (40, 30))
     allowed = parameters(method)
     weights = [0.3, 0.1, 0.7, 0.2][:count] if "weights" in allowed else None
-    density = [0.5, 0.2, 0.9, 0.4][:count] if "density" in allowed else None
+    lists = "density" in allowed and "list" in str(allowed["density"].annotation)
+    density = [0.5, 0.2, 0.9, 0.4][:count] if lists else None
 
     def merged(order: list[int]) -> Tensor:
         options: dict[str, Any] = {}
@@ -211,10 +220,11 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_what_a_recipe_may_set_is_the_signature() -> None:
     assert list(parameters("ties@mergekit")) == ["weights", "density", "scale", "normalize"]
-    assert parameters("varm") == {}
+    assert list(parameters("varm")) == ["granularity"]
+    assert list(parameters("dare_ties"))[-2:] == ["rescale", "seed"]
     assert parameters("sce")["select_topk"].default == 0.1
     without = [method for method in MERGE_METHODS if not needs_base(method)]
-    assert without == ["linear", "slerp"]
+    assert without == ["linear", "slerp", "karcher"]
 
 
 def test_signatures_are_there_without_torch() -> None:
@@ -227,8 +237,9 @@ def recorded(
     file: str,
     merge: Callable[[str, list[Tensor], Tensor], Tensor],
     dtype: torch.dtype,
+    without: Sequence[str] = (),
 ) -> float:
-    """Largest difference from a recorded file, over all its tensors."""
+    """Largest difference from a recorded file, over all its tensors but those named."""
     golden = shared / "golden" / "merge"
     models = {n: load_file(golden / "models" / n / "model.safetensors") for n in ("base", *"abc")}
     models = {n: {k: v.to(dtype) for k, v in m.items()} for n, m in models.items()}
@@ -237,6 +248,7 @@ def recorded(
     return max(
         float((merge(k, [models[n][k] for n in "abc"], models["base"][k]).double() - v).abs().max())
         for k, v in expected.items()
+        if k not in without
     )
 
 
@@ -246,6 +258,7 @@ EXACT = [
     ("sce@fusechat", "sce_a_1.0", 1.0),
     ("sce@paper", "sce_paper_0.5", 0.5),
     ("varm", "varm_matrix", None),
+    ("widen", "widen", None),
 ]
 
 
@@ -253,8 +266,9 @@ EXACT = [
 def test_formulas_in_float64(shared: Path, method: str, file: str, share: float | None) -> None:
     options = {} if share is None else {"select_topk": share}
 
-    def merge(_: str, models: list[Tensor], base: Tensor) -> Tensor:
-        return MERGE_METHODS[method](models, base, **options)
+    def merge(name: str, models: list[Tensor], base: Tensor) -> Tensor:
+        named = {"name": name} if "name" in context(method) else {}
+        return MERGE_METHODS[method](models, base, **options, **named)
 
     assert recorded(shared, f"exact/{file}", merge, torch.float64) < 1e-12
     assert recorded(shared, f"exact/{file}", merge, torch.float32) < 3e-7
@@ -269,7 +283,7 @@ def test_mergekits_sce_is_the_formula_but_for_its_threshold(
 
     exact = f"exact/sce_a_{share}"
     assert recorded(shared, exact, merge, torch.float64) > 1e-6
-    monkeypatch.setattr(merging, "_NO_MASS", 1e-30)
+    monkeypatch.setattr(selection, "_NO_MASS", 1e-30)
     assert recorded(shared, exact, merge, torch.float64) < 1e-12
 
 
@@ -295,6 +309,7 @@ MERGEKIT = [
     ("sce@mergekit", "sce_0.1", {"select_topk": 0.1}),
     ("sce@mergekit", "sce_0.5", {"select_topk": 0.5}),
     ("sce@mergekit", "sce_1.0", {}),
+    ("model_stock", "model_stock", {}),
 ]
 
 
