@@ -18,6 +18,8 @@ import pytest
 from fusion.errors import RunError
 from harness.assets import prepare_data
 from harness.hashing import data_hashes
+from harness.plan import plan
+from harness.recipe import parse
 from harness.store import home, read_manifest
 from tasks.datasets import DATASETS, LANGUAGES
 
@@ -154,3 +156,22 @@ def test_another_content_is_another_folder(folder: Path, tmp_path: Path) -> None
     assert second != first
     assert data_hashes(first) != data_hashes(second)
     assert data_hashes(tmp_path) == {}
+
+
+def test_what_a_folder_holds_names_a_measurement_and_where_it_lies_does_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    text = """
+sources: {a: {path: "tiny:llama"}}
+evaluate: {suites: [bbh@fusellm], data: DATA}
+reference: a
+"""
+
+    def measurement(data: Path) -> str:
+        recipe = parse(text.replace("DATA", str(data)), "r.yaml")
+        return plan(recipe, tmp_path / "home").evaluations("a")[0].identity
+
+    first = measurement(folder)
+    assert measurement(folder.rename(tmp_path / "moved")) == first
+    (tmp_path / "moved" / "bbh" / "bbh" / "snarks.json").write_text("{}")
+    assert measurement(tmp_path / "moved") != first
