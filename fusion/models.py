@@ -61,17 +61,25 @@ def load_tokenizer(folder: str | Path, revision: str | None = None) -> PreTraine
 
 
 def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """A causal LM in evaluation mode, with scaled-dot-product attention.
+    """A causal LM in evaluation mode, with scaled-dot-product attention where it has that.
 
     dtype: a key of DTYPES. Raises RunError naming the folder if a file is missing or damaged.
     """
     from transformers import AutoModelForCausalLM
 
+    def read(attention: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
+        )
+
     quiet()
     with _reading(str(folder)):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=DTYPES[dtype], attn_implementation=_attention(), use_safetensors=True
-        )
+        try:
+            model = read(_attention())
+        except ValueError as error:
+            if "attn_implementation" not in str(error):
+                raise
+            model = read("eager")  # soft-capped scores, ALiBi: no fused attention has them
     model.eval()
     model.to(torch.device(device))  # type: ignore[arg-type]  # wrapped: its types are lost
     return model

@@ -3,7 +3,8 @@
 A question and all its choices go through the model in one row: the choices follow the context side
 by side, each sees the context and itself (tree attention), hidden states are gathered before the
 output head, and log-softmax and sums are float32 or better. Tokenization, truncation and BOS are
-lm-eval's own. Architectures whose attention cannot be drawn fall back to one row a choice.
+lm-eval's own. Where the plain model is not reproduced (ALiBi, recurrence, ...), each choice has a
+plain row of its own, and `notes` says so.
 
 Registered with lm-eval as "kfuse".
 
@@ -12,8 +13,8 @@ Shapes: B rows, T positions, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,77 +27,33 @@ from torch import Tensor
 from fusion.errors import RunError
 from fusion.models import (
     causal_pattern,
-    embedding_rows,
     hidden_states,
     load_model,
     load_tokenizer,
-    logits,
     token_logprobs,
 )
+from harness import fallback
 from harness.caching import GrowingCache
+from harness.fallback import Scored
+from harness.generation import (
+    Begun,
+    Generation,
+    Stopper,
+    of_one_length,
+    plainly,
+    sampling,
+    together,
+)
 from harness.packing import alike, batches, beginnings, filled
 
 PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
 SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
-TOLERANCE = 2e-2  # nats; how far tree attention may be from plain attention before it is not used
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A continuation after a context: its tokens' natural log-probabilities, float64.
-
-    greedy: whether each token was the likeliest. context: log-probability of the context's own
-    tokens after its first, where that was asked for.
-    """
-
-    logprobs: Tensor
-    greedy: bool
-    context: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Log-probability of the whole continuation."""
-        return float(self.logprobs.sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """Generated text, cut at the stop string; why it ended (stop, eos, length); tokens made."""
-
-    text: str
-    finish_reason: str
-    tokens: int
+CPU_POSITIONS = 512  # a forward on the CPU; wider ones pad more and leave its cache, for no gain
 
 
 Pair = tuple[list[int], list[int]]  # context ids, continuation ids
 Row = tuple[list[int], list[int], list[int]]  # ids, segments, positions
 Tree = tuple[list[int], list[list[int]], Any]  # context ids, its continuations, who asked
-
-
-class Stopper:
-    """Where a growing text ends: at an end token, a stop string, or after `most` tokens."""
-
-    def __init__(self, tokenizer: Any, until: Sequence[str], ends: set[int], most: int) -> None:
-        self.tokenizer, self.until, self.ends, self.most = tokenizer, list(until), ends, most
-        self.tail = max((len(stop) for stop in self.until), default=0) + 8
-
-    def check(self, ids: list[int]) -> Generation | None:
-        """The finished generation, or None to go on."""
-        if ids[-1] in self.ends:
-            return Generation(self._text(ids[:-1]), "eos", len(ids))
-        # A stop string can only have ended in the last few tokens, each at least one character.
-        recent = self._text(ids[-self.tail :])
-        if any(stop in recent for stop in self.until):
-            text = self._text(ids)
-            found = [at for stop in self.until if (at := text.find(stop)) >= 0]
-            if found:
-                return Generation(text[: min(found)], "stop", len(ids))
-        if len(ids) >= self.most:
-            return Generation(self._text(ids), "length", len(ids))
-        return None
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _row(context: list[int], continuations: list[list[int]]) -> Row:
@@ -129,7 +86,12 @@ def _size(tree: Tree) -> int:
 class SharedPrefixLM(TemplateLM):
     """An lm-eval model that scores all choices of a question in one row.
 
-    pretrained: a model folder. dtype: float32 or bfloat16. batch_tokens: positions a forward pass.
+    pretrained: a model folder. dtype: float32 or bfloat16. batch_tokens: positions a forward pass
+    (on the CPU at most CPU_POSITIONS). seed: of samples, where a request asks for them.
+
+    notes: sentences for a report, one for each thing that is not done the usual way. engine: what
+    computed the scores: name, scoring ("tree" or "rows"), generation ("cache" or "transformers"),
+    attention, dtype, versions.
     """
 
     def __init__(
@@ -141,19 +103,33 @@ class SharedPrefixLM(TemplateLM):
         generate_rows: int | str = 32,
         max_length: int | None = None,
         batch_size: Any = None,
+        seed: int | str = 17,
         **_: Any,
     ) -> None:
         super().__init__()
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(pretrained, dtype, place)
         self.tokenizer = load_tokenizer(pretrained)
-        self.batch_tokens, self.generate_rows = int(batch_tokens), int(generate_rows)
-        config = self.model.config.get_text_config(decoder=True)
-        known = getattr(config, "max_position_embeddings", None) or 2048
+        on_cpu = torch.device(place).type == "cpu"
+        self.batch_tokens = min(int(batch_tokens), CPU_POSITIONS) if on_cpu else int(batch_tokens)
+        self.generate_rows, self.seed = int(generate_rows), int(seed)
+        known = (
+            getattr(
+                self.model.config.get_text_config(decoder=True), "max_position_embeddings", None
+            )
+            or 2048
+        )
         self.max_length = int(max_length or known)
         self.max_gen_toks = 256
         self.forward_tokens = 0  # what went through the model, for the cost ledger
-        self._shares = self._tree_works()
+        unlike = fallback.unlike_tree(
+            self.model, lambda *tree: self._score_trees([(*tree, None)])[0]
+        )
+        self._shares = unlike is None
+        self._grows = self._shares and fallback.cache_works(self.model)
+        self.notes = fallback.notes(self.model, unlike, self._grows)
+        self.engine = fallback.engine(self.model, self._shares, self._grows)
+        self.forward_tokens = 0  # trying out is no cost of a measurement
 
     @property
     def eot_token_id(self) -> int:
@@ -242,18 +218,24 @@ class SharedPrefixLM(TemplateLM):
                 trees.append((context, [pairs[i][1] for i in own], own))
         share: list[tuple[int, list[int]]] = []
         rest = list(range(len(trees)))
-        if self._shares and not contexts:
+        if self._grows and not contexts:
             share, rest = beginnings([context for context, _, _ in trees])
         out: dict[int, Scored] = {}
         for length, members in share:
             for tree, scored in self._score_after(length, [trees[i] for i in members]):
                 out.update(zip(tree[2], scored, strict=True))
+        if not self._shares:
+            return [self._score_plainly(context, xs[0]) for context, xs, _ in trees]
         alone = [trees[i] for i in rest]
         for batch in batches([_size(tree) for tree in alone], self.batch_tokens):
             found = self._score_trees([alone[i] for i in batch], contexts)
             for index, scored in zip(batch, found, strict=True):
                 out.update(zip(alone[index][2], scored, strict=True))
         return [out[index] for index in range(len(pairs))]
+
+    def _score_plainly(self, context: list[int], tokens: list[int]) -> Scored:
+        self.forward_tokens += len(context) + len(tokens) - 1
+        return fallback.score_plainly(self.model, context, tokens)
 
     def _score_after(
         self, length: int, trees: Sequence[Tree]
@@ -345,48 +327,56 @@ class SharedPrefixLM(TemplateLM):
             logprobs, greedy = token_logprobs(self.model, hidden, tokens.to(hidden.device))
         return logprobs.double().cpu(), greedy.cpu()
 
-    def _tree_works(self) -> bool:
-        """Whether a drawn attention pattern gives what the plain model gives, on one small tree."""
-        n = min(embedding_rows(self.model), 97)
-        context, choices = [i % n for i in (3, 14, 15, 92, 65)], [[35, 8, 9], [79, 32, 38, 46]]
-        choices = [[t % n for t in choice] for choice in choices]
-        try:
-            tree = self._score_trees([(context, choices, None)])[0]
-        except (RuntimeError, ValueError, TypeError, AttributeError):
-            return False
-        finally:
-            self.forward_tokens = 0
-        for choice, scored in zip(choices, tree, strict=True):
-            with torch.inference_mode():
-                ids = torch.tensor([context + choice[:-1]], device=self.model.device)
-                plain = torch.log_softmax(self.model(ids).logits[0].float(), -1).cpu()
-            expected = plain[len(context) - 1 :].gather(1, torch.tensor(choice)[:, None])[:, 0]
-            loose = 1.0 if self.model.dtype == torch.float32 else 25.0
-            if (expected - scored.logprobs).abs().max() > TOLERANCE * loose:
-                return False
-        return True
-
     def generate(
         self, requests: Sequence[Instance], done: Callable[[int], None] = lambda n: None
     ) -> list[Generation]:
-        """Greedy generations with their finish reasons; rows leave the batch when they stop."""
+        """Generations with their finish reasons; greedy, or drawn where a request asks for it.
+
+        A request that is there n times gets n samples, numbered as they come.
+        """
         out: dict[int, Generation] = {}
-        prepared = [self.prompt(request) for request in requests]
-        share, rest = beginnings([ids for ids, _ in prepared])
+        prepared = self._prepared(requests)
+        if not self._grows:
+            for some in of_one_length(prepared, self.generate_rows):
+                self._note(out, some, plainly(self.model, [prepared[i] for i in some]))
+                done(len(out))
+            return [out[index] for index in range(len(requests))]
+        share, rest = beginnings([row.ids for row in prepared])
         for length, members in [*share, (0, rest)]:
-            begun = self._begun(prepared[members[0]][0][:length]) if length else None
-            for some in alike([len(prepared[i][0]) for i in members], self.generate_rows):
+            begun = self._begun(prepared[members[0]].ids[:length]) if length else None
+            for some in alike([len(prepared[i].ids) for i in members], self.generate_rows):
                 rows = [members[i] for i in some]
                 cache = begun.spread(len(rows)) if begun else GrowingCache(self.model, len(rows))
-                self._generate([prepared[i] for i in rows], rows, out, cache, length)
+                found = together(self.model, [prepared[i] for i in rows], cache, length)
+                self._note(out, rows, found)
                 done(len(out))
         return [out[index] for index in range(len(requests))]
 
+    def _note(
+        self, out: dict[int, Generation], rows: list[int], found: tuple[list[Generation], int]
+    ) -> None:
+        out.update(zip(rows, found[0], strict=True))
+        self.forward_tokens += found[1]
+
+    def _prepared(self, requests: Sequence[Instance]) -> list[Begun]:
+        seen: Counter[str] = Counter()
+        out = []
+        for request in requests:
+            context, arguments = request.args
+            drawn = sampling(arguments, self.seed, context, seen[context])
+            seen[context] += drawn is not None
+            out.append(Begun(*self._asked(request), drawn))
+        return out
+
     def prompt(self, request: Instance) -> tuple[list[int], Stopper]:
+        """What `_asked` gives, of a request for a greedy generation; RunError if for a sample."""
+        if sampling(request.args[1], 0, "", 0):
+            raise RunError(f"{request.task_name}: asks for sampling; here only greedily generated")
+        return self._asked(request)
+
+    def _asked(self, request: Instance) -> tuple[list[int], Stopper]:
         """Prompt ids, cut from the left to leave room, and the rule by which the text stops."""
         context, arguments = request.args
-        if arguments.get("do_sample") and float(arguments.get("temperature", 1)) > 0:
-            raise RunError(f"{request.task_name}: asks for sampling; kfuse generates greedily")
         most = int(
             arguments.get("max_gen_toks", arguments.get("max_new_tokens", self.max_gen_toks))
         )
@@ -396,37 +386,6 @@ class SharedPrefixLM(TemplateLM):
         ends = {self.eot_token_id}
         ids = self.tok_encode(context)[-max(1, self.max_length - most) :]
         return ids, Stopper(self.tokenizer, [stop for stop in until if stop], ends, most)
-
-    def _generate(
-        self,
-        prepared: Sequence[tuple[list[int], Stopper]],
-        rows: Sequence[int],
-        out: dict[int, Generation],
-        cache: GrowingCache,
-        read: int,
-    ) -> None:
-        """Go on after the `read` tokens that the cache holds of every row."""
-        alive = list(range(len(rows)))
-        made: list[list[int]] = [[] for _ in rows]
-        feed = [ids[read:] for ids, _ in prepared]
-        with torch.inference_mode():
-            while alive:
-                self.forward_tokens += sum(map(len, feed))
-                best = logits(self.model, cache.feed(feed)[:, -1]).argmax(-1).tolist()
-                going = []
-                for slot, (row, token) in enumerate(zip(alive, best, strict=True)):
-                    made[row].append(token)
-                    finished = prepared[row][1].check(made[row])
-                    if finished:
-                        out[rows[row]] = finished
-                    else:
-                        going.append(slot)
-                if len(going) < len(alive):
-                    if not going:
-                        return
-                    cache.keep(torch.tensor(going, device=self.model.device))
-                alive = [alive[slot] for slot in going]
-                feed = [[made[row][-1]] for row in alive]
 
 
 def stock(pretrained: str, device: str, dtype: str = "float32", batch_size: int = 16) -> LM:

@@ -114,10 +114,10 @@ def test_finish_reasons_and_lengths(both: tuple[SharedPrefixLM, HFLM]) -> None:
         assert generation.tokens <= 5
 
 
-def test_sampling_is_refused(both: tuple[SharedPrefixLM, HFLM]) -> None:
+def test_a_model_of_greedy_texts_only_refuses_samples(both: tuple[SharedPrefixLM, HFLM]) -> None:
     request = instance("generate_until", "x", {"do_sample": True, "temperature": 0.8})
     with pytest.raises(RunError, match="greedily"):
-        both[0].generate([request])
+        both[0].prompt(request)
 
 
 SHOTS = "".join(f"Q: who {deed}?\nA: the baker\n\n" for deed in PROMPTS * 4)
