@@ -236,7 +236,7 @@ def _letters(scores: np.ndarray, errors: np.ndarray, order: list[int]) -> list[s
     for start in range(rows):
         group = [order[start]]
         for other in order[start + 1 :]:
-            if any(apart[other, member] for member in group):
+            if apart[other, group].any():
                 break
             group.append(other)
         if not groups or not set(group) <= set(groups[-1]):
