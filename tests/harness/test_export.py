@@ -35,7 +35,7 @@ def close(one: Any, other: Any) -> bool:
     try:
         return float(one) == pytest.approx(float(other), rel=1e-5)
     except (TypeError, ValueError):
-        return bool(one == other)
+        return str(one) == str(other)  # samples hold answers as text
 
 
 def test_keys_and_values_are_those_of_lm_evals_own_run(
@@ -58,7 +58,10 @@ def test_keys_and_values_are_those_of_lm_evals_own_run(
     for path in written:
         if path.name.startswith("results_"):
             mine = json.loads(path.read_text())
-            assert set(oracle) - {"samples"} <= set(mine)
+            # lm-eval notes an open model's tokenizer; records are exported without a model.
+            known = {"samples", "max_length", "eot_token_id"}
+            wanted = {key for key in set(oracle) - known if not key.startswith("tokenizer_")}
+            assert wanted <= set(mine)
             for key in ("results", "versions", "n-shot", "higher_is_better", "n-samples"):
                 theirs = {task: oracle[key][task] for task in mine["results"]}
                 assert close(mine[key], theirs), key
@@ -74,7 +77,7 @@ def test_keys_and_values_are_those_of_lm_evals_own_run(
                 assert all(close(mine[k], json.loads(json.dumps(other[k]))) for k in same)
                 text = json.loads(json.dumps(other["filtered_resps"]))
                 assert str(mine["target"]) == str(other["target"])
-                assert close(mine["filtered_resps"], text) or "False" in str(text)
+                assert close(mine["filtered_resps"], text)
 
 
 def test_what_cannot_be_exported_says_why(home: Path, tmp_path: Path) -> None:
