@@ -120,7 +120,7 @@ from pathlib import Path
 folder = Path(lm_eval.__file__).parent / "tasks" / "bbh" / "cot_fewshot"
 manager = TaskManager(include_path=str(folder), include_defaults=False)
 found = {}
-for name in BBH:
+for name in list(BBH)[::4]:  # all take 40 s
     task = manager.load([f"bbh_cot_fewshot_{name}"])["tasks"][f"bbh_cot_fewshot_{name}"]
     # Every tenth question: rendering all of them takes half a minute.
     some = list(range(0, 250, 10))[: len(task.eval_docs) // 10]
@@ -142,9 +142,11 @@ def test_bbh_requests_of_lm_eval_equal_the_stock_tasks(shared: Path, tmp_path: P
     folder = prepare_data(load_suite("bbh@lm_eval").datasets, tmp_path, data)
     loaded = load("bbh@lm_eval", folder, None, 17)
     assert len(loaded.items) == 6511
-    assert sum(map(len, stock.values())) >= 640
+    assert sum(map(len, stock.values())) >= 160
     for task in load_suite("bbh@lm_eval").tasks:
         name = task.name.removeprefix("kfuse_bbh_lm_eval_")
+        if name not in stock:
+            continue
         ours = [i for i in loaded.items if i.task == task.name][::10][: len(stock[name])]
         assert [[*i.requests[0].args, i.doc["gold"]] for i in ours] == stock[name], name
     mine = loaded.tasks["kfuse_bbh_lm_eval_boolean_expressions"]
