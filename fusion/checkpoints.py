@@ -134,10 +134,10 @@ def merge(
     hindering. Embeddings of unequal size are refused unless `pad` says how to make them equal:
     trim them to the rows that all have, or extend them by the rows of the first model that has
     them, the base first. `merge.yaml` and README.md in `out` say what was merged, by the names
-    `rows` (by default the folders'). Everything is written in a hidden folder beside
-    `out` and moved when whole; a manifest is the caller's. RecipeError if the method refuses its
-    parameters; RunError if the models do not fit together, with all mismatches, or a file is
-    damaged.
+    `rows` (by default the folders'; the base's, if there is one, is the last). Everything is
+    written in a hidden folder beside `out` and moved when whole; a manifest is the caller's.
+    RecipeError if the method refuses its parameters; RunError if the models do not fit together,
+    with all mismatches, or a file is damaged.
     """
     _try_out(method, parameters, len(folders), base is not None)
     origin = base or folders[0]
@@ -176,9 +176,10 @@ def merge(
         with _published(out) as partial:
             facts = _write(partial, entries, merged, shard_bytes)
             _copy_beside(origin, partial, {**config, "dtype": dtype})
+            names = list(rows or (folder.name for folder in (*folders, origin)))
             section = {
-                "inputs": list(rows or (folder.name for folder in folders)),
-                "base": base.name if base else None,
+                "inputs": names[: len(folders)],
+                "base": names[-1] if base else None,
                 "method": method,
                 "parameters": dict(parameters),
                 "pad": pad,

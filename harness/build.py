@@ -342,7 +342,7 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
         section.parameters,
         section.dtype,
         pad=section.pad,
-        rows=section.inputs,
+        rows=[*section.inputs, *([section.base] if section.base else [])],
     )
 
 

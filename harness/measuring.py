@@ -134,6 +134,7 @@ class Measuring:
             self.device or device(self.plan),
             machine.batch_tokens,
             machine.generate_rows,
+            seed=self.plan.recipe.seed,
         )
 
 

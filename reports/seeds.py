@@ -49,8 +49,8 @@ def seeds_and_items(
     Satterthwaite's degrees of freedom. ValueError for fewer than two seeds, NaN, or items of a task
     that are alone.
 
-    Relative to a bootstrap that draws seeds and items: with three seeds it takes its spread from
-    three numbers and covers far less than it says; t knows that they are three.
+    Relative to a bootstrap that draws seeds and items: with three seeds that takes its spread from
+    three numbers; t knows that they are three.
     """
     from scipy.stats import t
 
