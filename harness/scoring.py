@@ -48,7 +48,7 @@ from harness.packing import alike, batches, beginnings, filled
 
 PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
 SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
-CPU_POSITIONS = 512  # a forward on the CPU; wider ones pad more and leave its cache, for no gain
+CPU_POSITIONS = 1024  # a forward on the CPU: wider ones pad more, narrower ones share less work
 
 
 Pair = tuple[list[int], list[int]]  # context ids, continuation ids
