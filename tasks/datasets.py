@@ -287,6 +287,8 @@ _CODE: dict[str, Dataset] = {
     "mbpp": Dataset(
         rows=500,
         licence="CC BY 4.0",
+        **_request_file("codex_mbpp/gold_bpb_0shot"),
+        read=lambda raw: questions.mbpp(request_rows(raw)),
         files=("mbpp/mbpp.jsonl",),
         render=questions.mbpp,
         hub=("google-research-datasets/mbpp", "full", "test"),
