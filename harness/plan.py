@@ -8,9 +8,7 @@ loads no model and needs no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from fusion.spec import Source, Train
 from harness.assets import PINNED, local_files
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
 from harness.recipe import Recipe
+from harness.steps import Plan, Step
 from harness.store import identity, read_manifest
 from tasks.suite import Suite, load_suite
 
@@ -32,68 +31,6 @@ VERSIONS = {
     "merge": 2,
     "evaluate": 2,
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One folder to be made: what kind, for which rows, from what, and about how large."""
-
-    kind: str  # fetch, pack, capture, map, train, merge, evaluate
-    name: str
-    folder: Path
-    identity: str
-    content: dict[str, Any]
-    needs: tuple[str, ...] = ()  # identities of steps
-    rows: tuple[str, ...] = ()
-    tokens: int = 0
-    disk: int = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether the folder is finished."""
-        return read_manifest(self.folder) is not None
-
-    @property
-    def started(self) -> bool:
-        """Whether there is work to go on from."""
-        return self.folder.exists() and not self.done
-
-    @property
-    def failure(self) -> str | None:
-        """Why the last try failed, if it did."""
-        try:
-            return str(json.loads((self.folder / "failed.json").read_text())["reason"])
-        except (OSError, ValueError, KeyError):
-            return None
-
-
-@dataclass
-class Plan:
-    """Steps in an order that works, and where each row's model is or will be."""
-
-    recipe: Recipe
-    home: Path
-    steps: dict[str, Step] = field(default_factory=dict)  # by identity
-    identities: dict[str, str] = field(default_factory=dict)  # by row
-    folders: dict[str, Path | None] = field(default_factory=dict)  # by row; None for ensembles
-    summaries: dict[str, str] = field(default_factory=dict)
-
-    def add(self, step: Step) -> Step:
-        """Keep a step once, whichever rows need it."""
-        known = self.steps.get(step.identity)
-        if known:
-            rows = tuple(dict.fromkeys([*known.rows, *step.rows]))
-            step = Step(**{**known.__dict__, "rows": rows})
-        self.steps[step.identity] = step
-        return step
-
-    def evaluations(self, row: str) -> list[Step]:
-        """The measurements of a row, in the recipe's order of suites."""
-        return [s for s in self.steps.values() if s.kind == "evaluate" and s.rows == (row,)]
-
-    def builds(self) -> list[Step]:
-        """Everything but measurements."""
-        return [s for s in self.steps.values() if s.kind != "evaluate"]
 
 
 def plan(recipe: Recipe, home: Path) -> Plan:
@@ -400,3 +337,6 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
     folder = _place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
     needs = (out.identities[row],)
     out.add(Step("evaluate", suite, folder, key, content, needs, (row,)))
+
+
+__all__ = ["Plan", "Step", "hub_snapshot", "inputs", "plan", "suite_of", "tokenizer_identity"]
