@@ -101,8 +101,15 @@ def steps_within(costs: list[int], batch: int, budget: int) -> int:
     return max(1, count)
 
 
+def of_steps(costs: list[int], batch: int, steps: int) -> int:
+    """What so many steps over blocks of these costs come to; `steps_within` says how they go."""
+    each = [sum(costs[start : start + batch]) for start in range(0, len(costs), batch)]
+    passes, rest = divmod(steps, len(each))
+    return passes * sum(each) + sum(each[:rest])
+
+
 class FlopCounter:
-    """Adds up the FLOPs of everything that goes through a model from now on.
+    """Adds up the FLOPs of everything that goes through a model, until `remove`.
 
     flops: so far; padding counts, since it is computed, too. The head counts the positions that it
     is given, which when measuring are few.
@@ -111,8 +118,16 @@ class FlopCounter:
     def __init__(self, model: PreTrainedModel) -> None:
         self.size = size(model)
         self.flops = 0
-        model.base_model.register_forward_pre_hook(self._body, with_kwargs=True)
-        model.get_output_embeddings().register_forward_pre_hook(self._head)
+        self.device = model.device
+        self.hooks = [
+            model.base_model.register_forward_pre_hook(self._body, with_kwargs=True),
+            model.get_output_embeddings().register_forward_pre_hook(self._head),
+        ]
+
+    def remove(self) -> None:
+        """Count no longer."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _body(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)

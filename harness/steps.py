@@ -71,3 +71,16 @@ class Plan:
     def builds(self) -> list[Step]:
         """Everything but measurements."""
         return [s for s in self.steps.values() if s.kind != "evaluate"]
+
+
+def root(recipe: Recipe, row: str) -> str:
+    """The source whose tokenizer a row carries."""
+    while row in recipe.variants:
+        variant = recipe.variants[row]
+        if variant.train:
+            row = variant.train.init
+        elif variant.merge:
+            row = variant.merge.base or variant.merge.inputs[0]
+        else:
+            break
+    return row
