@@ -354,7 +354,7 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
         local = Path(recipe.evaluate.data).expanduser()
         read = {str(p): file_hash(out.home, local / p) for p in local_files(known.datasets, local)}
         content |= {"data": read} if read else {}
-    if suite == "bits_per_byte" and recipe.corpus and recipe.corpus.heldout:
+    if suite.startswith("bits_per_byte") and recipe.corpus and recipe.corpus.heldout:
         content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout, "heldout")
     key = identity({"evaluate": content})
     folder = _place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)

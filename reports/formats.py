@@ -1,7 +1,5 @@
 """A report as text: terminal, Markdown and CSV.
 
-Percent and rounding happen here and nowhere before.
-
 Add a format: a function of a Report and its line in FORMATS at the foot.
 """
 
@@ -12,6 +10,7 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from reports import costs, lines_formats
 from reports.calibration import calibrate
 from reports.table import Cell, Column, Gain, Report
 from reports.text import escape as _escape
@@ -128,6 +127,7 @@ def terminal(report: Report) -> RenderableType:
     if shown:
         lines.append("smallest gain that these items show with 80 % power: " + "; ".join(shown))
     lines += [f"not measured: {text}" for text in reasons(report)]
+    lines += lines_formats.plain(report)
     return Group(table, *(Text(line) for line in lines))
 
 
@@ -197,8 +197,10 @@ def markdown(report: Report) -> str:
     if shown:
         lines.append(f"- smallest gain shown with 80 % power: {_escape('; '.join(shown))}")
     lines += [f"- not measured: {_escape(text)}" for text in reasons(report)]
+    lines += lines_formats.markdown(report)
     lines += _published(report)
     lines += health(report)
+    lines += costs.markdown(report)
     lines += ["", "## Rows", ""]
     lines += [f"- {_escape(row['name'])}: {_escape(row['summary'])}" for row in report.rows]
     lines += ["", "## Signatures", ""]
@@ -260,4 +262,6 @@ def comma_separated(report: Report) -> str:
 FORMATS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "markdown": ("report.md", markdown),
     "csv": ("report.csv", comma_separated),
+    "lines": ("lines.csv", lines_formats.comma_separated),
+    "costs": ("costs.csv", costs.comma_separated),
 }
