@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fusion.spec import Variant
 from harness.plan import Plan, Step, suite_of
 from harness.recipe import Loaded
+from harness.steps import root
 from harness.store import identity, provenance, read_manifest, write_json
-from tasks.published import LLAMA2, PUBLISHED
+from tasks.published import DOMAINS, LLAMA2, PUBLISHED
 
 
 def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, dict[str, Path]]:
@@ -40,6 +42,7 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
         "suites": [_suite(plan, name, runs) for name in recipe.evaluate.suites],
         "cells": cells,
         "published": _published(plan),
+        "domains": _domains(plan),
         "facts": {
             "machine": machine(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -85,6 +88,13 @@ def _published(plan: Plan) -> list[dict[str, Any]]:
     return out
 
 
+def _domains(plan: Plan) -> dict[str, Any] | None:
+    """The paper's table of domains, where the recipe measures what stands in for them."""
+    if "bits_per_byte@fusellm" not in plan.recipe.evaluate.suites:
+        return None
+    return {key: getattr(DOMAINS, key) for key in ("source", "columns", "rows", "unlike")}
+
+
 def _cost(folder: Path) -> dict[str, Any]:
     return (read_manifest(folder) or {}).get("cost", {})
 
@@ -111,6 +121,7 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
     if variant:
         kind = "train" if variant.train else "merge" if variant.merge else "ensemble"
     log = folder / "training.csv" if folder else None
+    facts = (read_manifest(folder) or {}).get("facts", {}) if folder else {}
     captures = [
         {"name": step.name, "cost": _cost(step.folder)}
         for step in plan.steps.values()
@@ -125,7 +136,40 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         "cost": _cost(folder) if folder else None,
         "training_log": _relative(plan, log) if log and log.exists() else None,
         "captures": captures,
+        "stages": _stages(plan, row),
+        "sources": _drawn_on(variant),
+        "target": _target(plan, row),
+        "won": facts.get("won"),
     }
+
+
+def _stages(plan: Plan, row: str) -> list[dict[str, Any]]:
+    """The finished folders that were made for a row, with what they cost."""
+    return [
+        {
+            "stage": step.kind,
+            "name": step.name,
+            "shared_by": len(step.rows),
+            "cost": _cost(step.folder),
+        }
+        for step in plan.builds()
+        if row in step.rows and step.done
+    ]
+
+
+def _drawn_on(variant: Variant | None) -> list[str]:
+    """The rows that a fusion, a merge or an ensemble combines."""
+    if variant is None:
+        return []
+    if variant.train:
+        return list(variant.train.fuse.sources) if variant.train.fuse else []
+    return list(variant.merge.inputs if variant.merge else variant.ensemble.members)  # type: ignore[union-attr]
+
+
+def _target(plan: Plan, row: str) -> str | None:
+    """The given LLM whose weights a row began as; an ensemble has none."""
+    begun = root(plan.recipe, row)
+    return begun if begun in plan.recipe.sources else None
 
 
 def _relative(plan: Plan, path: Path | None) -> str | None:
