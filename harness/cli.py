@@ -137,11 +137,17 @@ def compare(
     report: ReportName = None,
     items: Annotated[int, typer.Option(min=0, help="differing items to show a suite")] = 20,
     csv: Annotated[Path | None, typer.Option(help="write all differing items here")] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, help="a gain whose interval is within this (0.01: a point) is equivalent"
+        ),
+    ] = None,
 ) -> None:
     """Two rows item by item: gains with intervals, and the items where the rows differ."""
     from harness.verdicts import compare as show
 
-    print(show(base, candidate, report, items, csv))
+    print(show(base, candidate, report, items, csv, margin))
 
 
 @app.command()
@@ -167,16 +173,22 @@ def gate(
 def leaderboard(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="runs, folders of runs, reports, or result files of lm-eval"),
+        typer.Argument(
+            help="runs, folders of runs, reports, lm-eval's result files (.json), or tables of "
+            "published scores (.csv with row, suite, score, source)"
+        ),
     ],
     form: Annotated[
-        str, typer.Option("--format", help="markdown, csv, latex or json")
+        str, typer.Option("--format", help="markdown, csv, latex, html or json")
     ] = "markdown",
+    published: Annotated[
+        bool, typer.Option("--published", help="also what papers printed of these suites")
+    ] = False,
 ) -> None:
     """Rank rows suite by suite, with what the ranks are worth."""
     from harness.verdicts import leaderboard as rank
 
-    print(rank(runs, form), end="")
+    print(rank(runs, form, published), end="")
 
 
 @app.command(name="inspect-alignment")

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion.errors import RecipeError, RunError
 from harness.gate_file import load
 from harness.store import home, write_text
+
+if TYPE_CHECKING:
+    from reports.lm_eval_results import Imported
 
 
 @contextmanager
@@ -26,14 +30,19 @@ def _readable() -> Iterator[None]:
 
 
 def compare(
-    base: str, candidate: str, report: str | None = None, items: int = 20, csv: Path | None = None
+    base: str,
+    candidate: str,
+    report: str | None = None,
+    items: int = 20,
+    csv: Path | None = None,
+    margin: float | None = None,
 ) -> str:
     """Two rows as Markdown; all items that differ go to `csv`. RunError says what does not fit."""
     from reports import compare_formats
     from reports.compare import compare_all, open_pairs
 
     with _readable():
-        found = compare_all(open_pairs(base, candidate, home(), report))
+        found = compare_all(open_pairs(base, candidate, home(), report), margin=margin)
     if csv:
         write_text(csv, compare_formats.comma_separated(found))
     return compare_formats.markdown(found, items)
@@ -70,12 +79,36 @@ def gate(
     return text, EXIT[result.outcome]
 
 
-def leaderboard(paths: Sequence[Path], form: str = "markdown") -> str:
-    """Runs, reports and result files of lm-eval as ranked tables; `form` is a key of FORMATS."""
+def leaderboard(paths: Sequence[Path], form: str = "markdown", published: bool = False) -> str:
+    """Runs, reports, result files of lm-eval and tables of scores ranked; `form`: of FORMATS.
+
+    published: also what papers printed of the suites that the runs measured.
+    """
     from reports.leaderboard import boards, find_runs
     from reports.leaderboard_formats import FORMATS
 
     if form not in FORMATS:
         raise RecipeError(f"--format {form}: unknown; known: {', '.join(FORMATS)}")
     with _readable():
-        return FORMATS[form](boards(*find_runs(paths)))
+        runs, imported = find_runs(paths)
+        if published:
+            suites = dict.fromkeys(str(run.manifest["suite"]) for run in runs)
+            imported.append([score for suite in suites for score in _printed(suite)])
+        return FORMATS[form](boards(runs, imported))
+
+
+def _printed(suite: str) -> list[Imported]:
+    """What a paper printed of a suite: each model's first average."""
+    from reports.lm_eval_results import Imported
+    from tasks.published import MODELS, PUBLISHED
+
+    table = PUBLISHED.get(suite)
+    if table is None or not table.averages:
+        return []
+    average = next(iter(table.averages))
+    origin = f"published: {table.paper}, {table.table}, {average}"
+    return [
+        Imported(model, suite, "score", "", table.of(model)[average], None,
+                 sum(table.items.values()) or None, None, "", True, origin)
+        for model in MODELS
+    ]  # fmt: skip
