@@ -91,9 +91,33 @@ def evaluate(
 
 @app.command()
 def report(
-    recipe: RecipeName, overrides: Overrides = None, limit: Limit = None, data: Data = None
+    recipe: Annotated[
+        str, typer.Argument(help="a recipe, or folders: runs, folders of runs, reports")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="overrides of a recipe, or further folders")
+    ] = None,
+    limit: Limit = None,
+    data: Data = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="of folders: the row that gains are against")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="of folders: what the report is called")
+    ] = "runs",
 ) -> None:
-    """Only report, from what is built and measured."""
+    """Only report, from what is built and measured: a recipe's rows, or any finished runs."""
+    from harness.verdicts import holds_runs, report_runs
+
+    paths = [Path(part) for part in [recipe, *(overrides or [])]]
+    if holds_runs(paths[0]):
+        report_runs(paths, reference, name)
+        return
+    if reference or name != "runs":
+        raise RecipeError(
+            f"--reference and --name belong to folders of runs; {recipe} holds none, and a recipe "
+            "says `reference:` itself"
+        )
     _carry_out(recipe, _with(overrides, limit, data), stages=("report",))
 
 
@@ -179,7 +203,7 @@ def leaderboard(
         ),
     ],
     form: Annotated[
-        str, typer.Option("--format", help="markdown, csv, latex, html or json")
+        str, typer.Option("--format", help="markdown, csv, latex or json")
     ] = "markdown",
     published: Annotated[
         bool, typer.Option("--published", help="also what papers printed of these suites")

@@ -41,7 +41,7 @@ def run(
         from harness.report import write
 
         index, files = write(planned, loaded, reasons)
-        _show(index, files)
+        show(index, files)
         if not waiting:
             seconds = time.monotonic() - started
             say(f"nothing to do: all is built and measured ({seconds:.1f} s)")
@@ -184,7 +184,8 @@ def _model_state(planned: Plan, row: str) -> str:
     return "will be fetched" if step.kind == "fetch" else "will be built"
 
 
-def _show(index: Path, files: dict[str, Path]) -> None:
+def show(index: Path, files: dict[str, Path]) -> None:
+    """Print a report's table, and where its files are."""
     from rich.console import Console
 
     from reports.formats import terminal

@@ -1,21 +1,25 @@
-"""`kfuse compare`, `gate` and `leaderboard`: names to finished runs, the reports room's answer out.
+"""`kfuse compare`, `gate`, `leaderboard` and `report RUNS`: finished runs in, an answer out.
 
 What a user got wrong becomes one of the two errors here; the reports room itself knows neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import RecipeError, RunError
 from harness.gate_file import load
-from harness.store import home, write_text
+from harness.report import machine
+from harness.run import show
+from harness.store import home, identity, provenance, write_json, write_text
 
 if TYPE_CHECKING:
     from reports.lm_eval_results import Imported
+    from reports.records import Run
 
 
 @contextmanager
@@ -77,6 +81,84 @@ def gate(
     except RunError as error:
         raise RecipeError(str(error)) from error
     return text, EXIT[result.outcome]
+
+
+def holds_runs(path: Path) -> bool:
+    """Whether a path is a finished run, a folder of such, or a report."""
+    return path.is_dir() and bool(
+        (path / "manifest.json").is_file()
+        or (path / "index.json").is_file()
+        or next(path.glob("*/manifest.json"), None)
+    )
+
+
+def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None:
+    """Report runs without a recipe: rows are the runs' own, the first one is the reference.
+
+    RunError if a run cannot be read, or two runs claim one place; RecipeError for a reference that
+    is none of the rows.
+    """
+    from reports.compare import opened
+    from reports.leaderboard import find_runs, row_names
+    from reports.report import write
+
+    with _readable():
+        runs, imported = find_runs(paths)
+    if imported:
+        raise RecipeError("a report reads records; result files and tables are for `leaderboard`")
+    names = row_names(runs)
+    rows = list(dict.fromkeys(names))
+    if reference is not None and reference not in rows:
+        raise RecipeError(f"--reference {reference}: no such row; rows: {', '.join(rows)}")
+    suites = {str(run.manifest["suite"]): run.manifest for run in runs}
+    cells: dict[str, dict[str, dict[str, str]]] = {
+        row: {suite: {"reason": "not measured: no such run was given"} for suite in suites}
+        for row in rows
+    }
+    for row, run in zip(names, runs, strict=True):
+        suite = str(run.manifest["suite"])
+        taken = cells[row][suite].get("run")
+        if taken:
+            raise RunError(f"{row} on {suite}: two runs, {taken} and {run.folder}; give one")
+        cells[row][suite] = {"run": str(run.folder.resolve())}
+    path = home() / "reports" / f"{name}-{identity(cells)[:8]}" / "index.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, _index(name, reference or rows[0], runs, names, suites) | {"cells": cells})
+    with _readable():
+        show(path, opened(write, path))
+
+
+def _index(
+    name: str,
+    reference: str,
+    runs: Sequence[Run],
+    names: Sequence[str],
+    suites: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A report's index as far as runs know it: how rows were made is not in them."""
+    made = dict.fromkeys(("folder", "cost", "training_log"))
+    first = {row: runs[names.index(row)].manifest for row in dict.fromkeys(names)}
+    rows = [
+        {"name": row, "kind": "run", "identity": manifest["model_identity"], "captures": []}
+        | {"summary": f"model {str(manifest['model_identity'])[:8]}"}
+        | made
+        for row, manifest in first.items()
+    ]
+    listed = [
+        {"name": suite, "title": suite, "rule": m.get("rule", "macro"), "tasks": m["tasks"]}
+        for suite, m in suites.items()
+    ]
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {
+        "recipe": name,
+        "recipe_yaml": "".join(f"{run.folder}\n" for run in runs),
+        "overrides": [],
+        "reference": reference,
+        "seed": runs[0].manifest.get("seed"),
+        "rows": rows,
+        "suites": listed,
+        "facts": {"machine": machine(), "created": now, "seconds": 0} | provenance(),
+    }
 
 
 def leaderboard(paths: Sequence[Path], form: str = "markdown", published: bool = False) -> str:

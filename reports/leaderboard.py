@@ -102,12 +102,15 @@ def boards(runs: Sequence[Run], imported: Sequence[list[Imported]] = ()) -> list
     return [*measured, *_imported(imported)]
 
 
-def _names(column: list[Run]) -> list[str]:
-    """Row names, told apart by the model's identity where two are the same."""
-    plain = [str(run.manifest["row"]) for run in column]
+def row_names(runs: Sequence[Run]) -> list[str]:
+    """Row names, told apart by the model's identity where two models have one name."""
+    models: dict[str, set[str]] = {}
+    for run in runs:
+        models.setdefault(str(run.manifest["row"]), set()).add(str(run.manifest["model_identity"]))
     return [
-        name if plain.count(name) == 1 else f"{name}@{str(run.manifest['model_identity'])[:8]}"
-        for name, run in zip(plain, column, strict=True)
+        name if len(models[name]) == 1 else f"{name}@{str(run.manifest['model_identity'])[:8]}"
+        for run in runs
+        if (name := str(run.manifest["row"]))
     ]
 
 
@@ -118,7 +121,7 @@ def _board(column: list[Run]) -> Board:
     frames = [opened(read_primary, run) for run in column]
     _same_items(column, frames)
     kind = _column({"name": manifest["suite"], "title": manifest["suite"], **manifest})
-    names = _names(column)
+    names = row_names(column)
     cells = [
         _cell(name, manifest["suite"], run, frame, "")
         for name, run, frame in zip(names, column, frames, strict=True)
