@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from reports.calibration import calibrate
 from reports.table import Cell, Column, Gain, Report
+from reports.text import escape as _escape
+from reports.text import interval, number, signed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,28 +23,6 @@ if TYPE_CHECKING:
 SIGN = (
     "gain: paired difference to the reference, positive is better whatever the metric's direction"
 )
-
-
-def number(value: float | None, column: Column) -> str:
-    """A score: percent with one decimal, or bits per byte with four."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}" if column.unit == "%" else f"{value:.4f}"
-
-
-def signed(value: float | None, column: Column) -> str:
-    """A difference in the same unit, with its sign."""
-    if value is None:
-        return "–"
-    return f"{100 * value:+.1f}" if column.unit == "%" else f"{value:+.4f}"
-
-
-def interval(low: float | None, high: float | None, column: Column, with_sign: bool = False) -> str:
-    """[low, high], or nothing where no interval can be given."""
-    if low is None or high is None:
-        return ""
-    show = signed if with_sign else number
-    return f"[{show(low, column)}, {show(high, column)}]"
 
 
 def score_text(cell: Cell, column: Column) -> str:
@@ -151,15 +131,6 @@ def terminal(report: Report) -> RenderableType:
         lines.append("smallest gain that these items show with 80 % power: " + "; ".join(shown))
     lines += [f"not measured: {text}" for text in reasons(report)]
     return Group(table, *(Text(line) for line in lines))
-
-
-def _escape(text: str) -> str:
-    """Text inside a Markdown table; names may hold anything."""
-    for mark in ("\\", "|", "<", ">", "`", "*", "_", "[", "]"):
-        text = text.replace(
-            mark, "\\" + mark if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark]
-        )
-    return text.replace("\n", " ")
 
 
 _FAILURES = {
