@@ -69,6 +69,23 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    only: Only = None,
+    limit: Limit = None,
+    data: Data = None,
+) -> None:
+    """Before any compute: what each suite can show, and tokens, FLOPs, time, disk and memory.
+
+    Exit 1 if it cannot fit on this machine. Models that are not here yet are not counted.
+    """
+    from harness.run import foresee
+
+    print(foresee(recipe, _with(overrides, limit, data), only or []))
+
+
+@app.command()
 def build(
     recipe: RecipeName, overrides: Overrides = None, only: Only = None, dry_run: DryRun = False
 ) -> None:
