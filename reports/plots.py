@@ -13,7 +13,12 @@ from reports.table import Column, Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"better": "#1a7f37", "worse": "#cf222e", "inconclusive": "#6e7781"}
+COLOURS = {
+    "better": "#1a7f37",
+    "worse": "#cf222e",
+    "equivalent": "#0969da",
+    "inconclusive": "#6e7781",
+}
 INK = "#6e7781"  # readable on light and dark pages
 
 
