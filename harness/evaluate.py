@@ -32,6 +32,7 @@ from harness.plan import Plan, Step
 from harness.progress import bar, say
 from harness.samples import problem, set_aside, spend, waiting, write
 from harness.store import identity
+from reports.corpus import CORPUS_METRICS
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -176,7 +177,10 @@ def _stock_suite(name: str, tasks: dict[str, Any]) -> Suite:
         flag = bool(better[metric])
         shots = int(object_.config.num_fewshot or 0)
         listed.append(Task(task, metric, flag, None, task, shots=shots))
-    return Suite(name=name, title=f"{name} as lm-eval ships it", tasks=tuple(listed))
+    title = f"{name} as lm-eval ships it"
+    # A corpus' score and a share of right answers have no common mean.
+    apart = len(listed) > 1 and any(task.metric in CORPUS_METRICS for task in listed)
+    return Suite(name, title, tuple(listed), rule="apart" if apart else "macro")
 
 
 def _items(task: str, instances: Sequence[Instance]) -> Iterator[Item]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reports.compare import NotComparable, opened
 from reports.lm_eval_results import Imported, read_results
-from reports.records import Run, read_json, read_primary
+from reports.records import Run, apart, read_json, read_primary
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[list[Imported]]]:
 def boards(runs: Sequence[Run], imported: Sequence[list[Imported]] = ()) -> list[Board]:
     """The columns, in the order in which their first run came."""
     columns: list[list[Run]] = []
-    for run in runs:
+    for run in [part for whole in runs for part in apart(whole)]:
         for column in columns:
             if not differences(run.manifest, column[0].manifest):
                 column.append(run)
@@ -125,7 +125,8 @@ def _board(column: list[Run]) -> Board:
     scores = [cell.score for cell in cells if cell.score is not None]
     sign = 1 if kind.higher_is_better else -1
     order = sorted(range(len(cells)), key=lambda i: (-sign * scores[i], cells[i].row))
-    spans, letters = _ranks(frames, sign, order)
+    metrics = {task["task"]: task["metric"] for task in manifest["tasks"]}
+    spans, letters = _ranks(frames, metrics, sign, order)
     lines = []
     for place in order:
         cell, score = cells[place], scores[place]
@@ -162,14 +163,14 @@ def _same_items(column: list[Run], frames: list[pd.DataFrame]) -> None:
 
 
 def _ranks(
-    frames: list[pd.DataFrame], sign: int, order: list[int]
+    frames: list[pd.DataFrame], metrics: dict[str, str], sign: int, order: list[int]
 ) -> tuple[list[tuple[int | None, int | None]], list[str]]:
     """Each row's 95 % interval of ranks, and letters of rows that are not told apart."""
     import numpy as np
 
     if len(frames) < 2:
         return [(None, None)] * len(frames), ["a"] * len(frames)
-    drawn, scores, errors = _draws(frames, sign)
+    drawn, scores, errors = _draws(frames, metrics, sign)
     rows = len(frames)
     # Of equal draws each has the better rank in the lower limit and the worse in the upper one.
     best = np.stack([1 + (drawn > drawn[i] + 1e-12).sum(axis=0) for i in range(rows)])
@@ -182,12 +183,16 @@ def _ranks(
     return spans, _letters(scores, errors, order)
 
 
-def _draws(frames: list[pd.DataFrame], sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _draws(
+    frames: list[pd.DataFrame], metrics: dict[str, str], sign: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Macro scores of equal draws (rows, draws), scores, and errors of gains (rows, rows).
 
     An item that a row has no score for is left out for all rows.
     """
     import numpy as np
+
+    from reports.corpus import CORPUS_METRICS, corpus_score, draws, stacked
 
     keyed = [f.set_index(["task", "doc_id"]).sort_index() for f in frames]
     values = sign * np.stack([f.value.to_numpy() for f in keyed])
@@ -201,6 +206,14 @@ def _draws(frames: list[pd.DataFrame], sign: int) -> tuple[np.ndarray, np.ndarra
     variance = np.zeros((rows, rows))
     for name in names:
         inside = tasks == name
+        metric = metrics[str(name)]
+        if metric in CORPUS_METRICS:
+            parts = np.stack([stacked(f.reset_index()[used][inside], metric) for f in keyed])
+            found = sign * draws(parts, metric, generator, RANK_DRAWS)
+            drawn += found / len(names)
+            scores += sign * np.array([corpus_score(p, metric) for p in parts]) / len(names)
+            variance += np.var(found[:, None] - found[None], axis=2) / len(names) ** 2
+            continue
         _, code = np.unique(cluster[inside], return_inverse=True)
         size = int(code.max()) + 1
         mass = np.bincount(code, weights=weight[inside])

@@ -52,6 +52,30 @@ class Run:
         return cls(Path(folder), manifest)
 
 
+def apart(run: Run) -> list[Run]:
+    """What is reported of a run: itself, or each task by itself if its suite takes no average.
+
+    A task is then a suite of its own, SUITE/TASK. What the whole run cost stands with the first.
+    """
+    whole = run.manifest
+    if whole.get("rule") != "apart":
+        return [run]
+    return [
+        Run(
+            run.folder,
+            whole
+            | {"suite": apart_name(whole["suite"], task), "tasks": [task]}
+            | {"health": task.get("health", {}), "cost": {} if number else whole.get("cost", {})},
+        )
+        for number, task in enumerate(whole["tasks"])
+    ]
+
+
+def apart_name(suite: str, task: dict[str, Any]) -> str:
+    """The name under which a task of a suite without an average is reported."""
+    return f"{suite}/{task.get('title', task['task'])}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError if the file holds anything else."""
     try:
@@ -86,8 +110,9 @@ def read_samples(run: Run | Path | str) -> pd.DataFrame:
 def read_scores(run: Run | Path | str) -> pd.DataFrame:
     """The derived scores of a run, one line an item and metric; a value of NaN is not scored.
 
-    FileNotFoundError if the file is missing, ValueError if it is not Parquet, lacks a column,
-    scores an item twice, or holds an infinite value or a weight that is not positive.
+    Metrics of a corpus have `counts`, which other runs lack (`corpus`). FileNotFoundError if the
+    file is missing, ValueError if it is not Parquet, lacks a column, scores an item twice, or holds
+    an infinite value or a weight that is not positive.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     path = run.folder / "scores.parquet"
