@@ -24,6 +24,7 @@ from harness.progress import bar
 from harness.samples import read, spent
 from harness.store import finish, identity, read_manifest, world
 from reports.corpus import CORPUS_METRICS
+from reports.records import TOKEN_METRIC
 from tasks.suite import Task
 
 Records = dict[tuple[str, int], dict[str, Any]]
@@ -114,6 +115,10 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
             found = {"metric": metric, "value": float(value), "weight": float(weight)}
             found |= {"counts": counts}
             yield base | found | {"outcome": outcome, "extracted": extracted}
+    tokens = record["text_tokens"]
+    if tokens and record["output_type"] == "loglikelihood_rolling":
+        nats = {"metric": TOKEN_METRIC, "value": -record["choice_ll"][0] / tokens}
+        yield base | nats | {"weight": float(tokens), "outcome": "ok", "extracted": None}
 
 
 def _outcome(loaded: Loaded, item: Item, record: dict, answers: list) -> str:

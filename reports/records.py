@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SAMPLE_KEY = ["task", "doc_id"]
 SCORE_KEY = ["task", "doc_id", "metric"]
 SCORE_COLUMNS = ("task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted")
+TOKEN_METRIC = "nats_per_token"  # of whole texts, weighed by their tokens
 MANIFEST_KEYS = ("row", "suite", "protocol", "tasks", "partial", "model_identity")
 TASK_KEYS = ("task", "metric", "higher_is_better", "n_total")
 
@@ -140,6 +141,21 @@ def read_primary(run: Run) -> pd.DataFrame:
     frame = read_scores(run)
     metrics = {task["task"]: task["metric"] for task in run.manifest["tasks"]}
     return frame[frame.metric == frame.task.map(metrics)].reset_index(drop=True)
+
+
+def token_perplexities(run: Run) -> dict[str, float]:
+    """exp of the mean nats a token, by task; no entry for a task whose tokens nobody counted.
+
+    A token is one of the row's own tokenizer, so that rows of unlike tokenizers do not compare.
+    """
+    import numpy as np
+
+    frame = read_scores(run)
+    frame = frame[(frame.metric == TOKEN_METRIC) & frame.value.notna()]
+    return {
+        str(task): float(np.exp(np.average(some.value, weights=some.weight)))
+        for task, some in frame.groupby("task", sort=False)
+    }
 
 
 def read_training_log(path: Path) -> dict[str, tuple[float, ...]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports.records import Run, apart, apart_name, read_json, read_primary
+from reports.records import Run, apart, apart_name, read_json, read_primary, token_perplexities
 from reports.signature import differences, signature
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class TaskScore:
     n_total: int
     chance: float | None
     signature: str
+    token_perplexity: float | None = None  # of whole texts, per token of the row's own tokenizer
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,9 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
         for task in run.manifest["tasks"]
         if drawn is None or task["task"] in drawn
     )
+    if any(task.metric == "bits_per_byte" for task in tasks):
+        known = token_perplexities(run)
+        tasks = tuple(replace(t, token_perplexity=known.get(t.task)) for t in tasks)
     scored = [t for t in tasks if t.score is not None]
     n = sum(task.n for task in tasks)
     n_total = sum(task["n_total"] for task in run.manifest["tasks"])
