@@ -59,21 +59,27 @@ class Piece:
     ends: np.ndarray
 
 
-def read_documents(path: Path) -> list[tuple[str, str]]:
+def read_documents(path: Path, heldout: bool = False) -> list[tuple[str, str]]:
     """(domain, text) of every document in a JSONL or text file (also .gz), or a folder of them.
 
     A JSONL line holds `text` and perhaps `domain`; a text file is one document; the domain is else
-    the file's name. Raises RunError naming file and line.
+    the file's name. heldout: of a file in a folder below `path`, the name of that folder. Raises
+    RunError naming file and line.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     files = [f for f in files if f.name.removesuffix(".gz").endswith((".jsonl", ".txt"))]
     if not files:
-        raise RunError(f"corpus.path: {path} holds no .jsonl or .txt file (each may be .gz)")
-    return [document for file in files for document in _read_file(file)]
+        key = "heldout" if heldout else "path"
+        raise RunError(f"corpus.{key}: {path} holds no .jsonl or .txt file (each may be .gz)")
+    out = []
+    for file in files:
+        inside = file.relative_to(path).parts if heldout and path.is_dir() else ()
+        name = inside[0] if len(inside) > 1 else file.name.split(".")[0]
+        out += list(_read_file(file, name))
+    return out
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, str]]:
-    name = file.name.split(".")[0]
+def _read_file(file: Path, name: str) -> Iterator[tuple[str, str]]:
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8") as lines:

@@ -23,6 +23,7 @@ from fusion.models import logits, token_logprobs
 from fusion.tokens import tokenize
 from harness.caching import GrowingCache
 from harness.packing import alike
+from harness.rolling import Rolled
 from harness.rules import ENSEMBLE_RULES
 from harness.scoring import LM, Generation, Instance, Pair, Scored, SharedPrefixLM, Stopper
 
@@ -84,7 +85,7 @@ class EnsembleLM(LM):
         """Log-probability of each whole text; without a prompt the rule sees equal members."""
         logprobs: list[list[np.ndarray]] = []
         for member in self.members:
-            windows = [member.windows(request.args[0]) for request in requests]
+            windows = [member.windows(*request.args) for request in requests]
             scored = iter(member.score([pair for pairs in windows for pair in pairs]))
             logprobs.append(
                 [
@@ -102,6 +103,10 @@ class EnsembleLM(LM):
             ]
             out.append(mix_chunks(parts, ends, weights))
         return out
+
+    def rolling(self, requests: list[Instance]) -> list[Rolled]:
+        """Log-probability of each whole text; the members' tokens are not the mixture's."""
+        return [Rolled(total, None) for total in self.loglikelihood_rolling(requests)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuations of the mixture."""

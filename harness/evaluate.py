@@ -30,8 +30,10 @@ from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say
+from harness.rolling import roll
 from harness.samples import problem, set_aside, spend, waiting, write
 from harness.store import identity
+from reports.corpus import CORPUS_METRICS
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -126,8 +128,17 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
         object_.set_fewshot_seed(seed=FEWSHOT_SEED)
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
             object_.build_all_requests(samples=chosen[task], rank=0, world_size=1)
+        _say_windows(object_)
         items += _items(task, object_.instances)
     return Loaded(suite, tasks, items, totals, manager, data_hashes(data))
+
+
+def _say_windows(task: Any) -> None:
+    """Put a task's rule of windows beside each text, as lm-eval puts stops beside a prompt."""
+    metadata = task.config.metadata or {}
+    rule = {key: metadata[key] for key in ("window", "stride") if key in metadata}
+    for instance in task.instances if rule else []:
+        instance.arguments = (*instance.args, rule)
 
 
 def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
@@ -176,7 +187,10 @@ def _stock_suite(name: str, tasks: dict[str, Any]) -> Suite:
         flag = bool(better[metric])
         shots = int(object_.config.num_fewshot or 0)
         listed.append(Task(task, metric, flag, None, task, shots=shots))
-    return Suite(name=name, title=f"{name} as lm-eval ships it", tasks=tuple(listed))
+    title = f"{name} as lm-eval ships it"
+    # A corpus' score and a share of right answers have no common mean.
+    apart = len(listed) > 1 and any(task.metric in CORPUS_METRICS for task in listed)
+    return Suite(name, title, tuple(listed), rule="apart" if apart else "macro")
 
 
 def _items(task: str, instances: Sequence[Instance]) -> Iterator[Item]:
@@ -279,7 +293,7 @@ def _ask(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
     if kind == "generate_until":
         answers: list[Any] = lm.generate(requests)
     elif kind == "loglikelihood_rolling":
-        answers = lm.loglikelihood_rolling(requests)
+        answers = roll(lm, requests)
     else:
         answers = lm.loglikelihood(requests, disable_tqdm=True)
     each = iter(answers)
@@ -305,11 +319,12 @@ def _record(item: Item, answers: list) -> dict[str, Any]:
         "cluster": str(item.doc.get("cluster", item.doc_id)),
         "gold": json.dumps(item.doc.get("gold", item.doc.get("target")), default=str),
         "output_type": kind,
-        "choice_ll": [float(a) if rolling else float(a[0]) for a in answers if not generated],
+        "choice_ll": [a.logprob if rolling else float(a[0]) for a in answers if not generated],
         "choice_greedy": [] if generated or rolling else [bool(a[1]) for a in answers],
         "choice_bytes": [len(c.encode()) for c in choices],
         "choice_chars": [len(c) for c in choices],
         "text_bytes": len(item.prompt.encode()) if rolling else 0,
+        "text_tokens": answers[0].tokens if rolling else 0,
         "generation": [a.text for a in answers] if generated else [],
         "finish_reason": [a.finish_reason for a in answers] if generated else [],
         "generated_tokens": sum(a.tokens for a in answers) if generated else 0,

@@ -18,6 +18,7 @@ from harness.progress import say
 from harness.scores import rescore, score
 from harness.scoring import SharedPrefixLM
 from harness.store import write_json
+from tasks.datasets import DATASETS
 
 
 class Measuring:
@@ -162,7 +163,18 @@ def load_suite_data(
         data = prepare_data(known.datasets, home, Path(local).expanduser() if local else None)
     # lm-eval explains itself at length; what matters is in our records.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return load(name, data, limit, seed, given)
+    loaded = load(name, data, limit, seed, given)
+    if known and not given:
+        _count_whole(loaded)
+    return loaded
+
+
+def _count_whole(loaded: Loaded) -> None:
+    """Say of a folder's part of a set how many questions the whole set has."""
+    for task, object_ in loaded.tasks.items():
+        dataset = DATASETS.get((object_.config.dataset_kwargs or {}).get("dataset", ""))
+        if dataset and dataset.local_rows == loaded.totals[task]:
+            loaded.totals[task] = dataset.rows
 
 
 def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, str]:

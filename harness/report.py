@@ -201,9 +201,12 @@ def _suite(plan: Plan, name: str, runs: dict[tuple[str, str], Step]) -> dict[str
     known = suite_of(name)
     tasks = known.tasks if known else ()
     listed = [
-        {"task": t.name, "metric": t.metric, "higher_is_better": t.higher_is_better} for t in tasks
+        {"task": t.name, "title": t.title, "metric": t.metric}
+        | {"higher_is_better": t.higher_is_better}
+        for t in tasks
     ]
-    return {"name": name, "title": _title(name), "rule": "macro", "tasks": listed}
+    rule = known.rule if known else "macro"
+    return {"name": name, "title": _title(name), "rule": rule, "tasks": listed}
 
 
 def _title(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from harness.plan import Plan, Step
 from harness.progress import bar
 from harness.samples import read, spent
 from harness.store import finish, identity, read_manifest, world
+from reports.corpus import CORPUS_METRICS
+from reports.records import TOKEN_METRIC
+from tasks.suite import Task
 
 Records = dict[tuple[str, int], dict[str, Any]]
 
@@ -54,6 +57,8 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
         for row in _scores(loaded, item, records[item.key], outcomes.get(item.key))
     ]
     frame = pd.DataFrame(rows, columns=SCORE_COLUMNS)
+    if frame["counts"].isna().all():  # no metric of a corpus
+        frame = frame.drop(columns="counts")
     frame = frame.astype({"value": "float64", "weight": "float64", "doc_id": "int64"})
     path = folder / "scores.parquet"
     partial = folder / f".{path.name}.{os.getpid()}"
@@ -67,6 +72,7 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
 
 
 SCORE_COLUMNS = ["task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted"]
+SCORE_COLUMNS += ["counts"]  # of a metric that is no mean over items: `reports.corpus`
 
 
 def _responses(record: dict, number: int, requests: int) -> list[Any]:
@@ -86,9 +92,9 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
     if executed is not None:
         from harness.execution import summarise
 
-        value, outcome, counts = summarise(executed)
+        value, outcome, outcomes = summarise(executed)
         extra = {"metric": task.metric, "value": value, "weight": 1.0}
-        yield base | extra | {"outcome": outcome, "extracted": counts}
+        yield base | extra | {"outcome": outcome, "extracted": outcomes}
         return
     object_ = loaded.tasks[item.task]
     for filter_name in item.requests[0].filtered_resps:
@@ -98,23 +104,37 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
         extracted = answers[0] if isinstance(answers[0], str) else None
         outcome = _outcome(loaded, item, record, answers)
         for metric, value in object_.process_results(item.doc, answers).items():
-            weight = 1.0
+            weight, counts = 1.0, None
             if metric == "bits_per_byte":
                 total, weight = value
                 value = -total / (weight * math.log(2))
+            elif metric in CORPUS_METRICS and isinstance(value[0], str):  # one reference
+                reference, said = value
+                counts, value = CORPUS_METRICS[metric].of_item(said, reference)
             if not isinstance(value, (int, float, np.number, bool)):
                 continue
             found = {"metric": metric, "value": float(value), "weight": float(weight)}
+            found |= {"counts": counts}
             yield base | found | {"outcome": outcome, "extracted": extracted}
+    tokens = record["text_tokens"]
+    if tokens and record["output_type"] == "loglikelihood_rolling":
+        nats = {"metric": TOKEN_METRIC, "value": -record["choice_ll"][0] / tokens}
+        yield base | nats | {"weight": float(tokens), "outcome": "ok", "extracted": None}
 
 
 def _outcome(loaded: Loaded, item: Item, record: dict, answers: list) -> str:
     """What is to be known about an item beside its score; the first that applies."""
-    if "length" in record["finish_reason"]:
+    if _cut(loaded, item, record):
         return "truncated"
     if _unextracted(record, answers):
         return "unextracted"
     return "tie" if _tied(loaded, item, record) else "ok"
+
+
+def _cut(loaded: Loaded, item: Item, record: dict) -> bool:
+    """Whether a generation ended at the token limit, unless that is how the task ends answers."""
+    ends = (loaded.tasks[item.task].config.metadata or {}).get("ends")
+    return "length" in record["finish_reason"] and ends != "length"
 
 
 def _unextracted(record: dict, answers: list) -> bool:
@@ -146,23 +166,26 @@ def _tied(loaded: Loaded, item: Item, record: dict) -> bool:
     return len(best) > 1 and bool(best[0] == best[1])
 
 
-def _health(loaded: Loaded, frame: pd.DataFrame, records: Records) -> dict[str, int]:
+def _health(
+    loaded: Loaded, frame: pd.DataFrame, records: Records, tasks: Sequence[Task]
+) -> dict[str, int]:
     """How many items were cut at the token limit, gave no answer, were tied, were not judged.
 
     An item may count more than once; what was cut counts though an answer was found in it.
     """
-    metrics = {task.name: task.metric for task in loaded.suite.tasks}
+    metrics = {task.name: task.metric for task in tasks}
     primary = frame[frame.metric == frame.task.map(metrics)]
+    items = [item for item in loaded.items if item.task in metrics]
     silent = 0
-    for item in loaded.items:
-        task = next(t for t in loaded.suite.tasks if t.name == item.task)
+    for item in items:
+        task = next(t for t in tasks if t.name == item.task)
         found = item.requests[0].filtered_resps
         name = task.filter if task.filter in found else next(iter(found))
         silent += _unextracted(records[item.key], [r.filtered_resps[name] for r in item.requests])
     return {
-        "truncated": sum("length" in record["finish_reason"] for record in records.values()),
+        "truncated": sum(_cut(loaded, item, records[item.key]) for item in items),
         "unextracted": silent,
-        "tie": sum(_tied(loaded, item, records[item.key]) for item in loaded.items),
+        "tie": sum(_tied(loaded, item, records[item.key]) for item in items),
         "infra": int((primary.outcome == "infra").sum()),
     }
 
@@ -227,6 +250,12 @@ def _manifest(
         chosen = frame[(frame.task == task.name) & (frame.metric == task.metric)]
         protocol: dict[str, Any] = {"definition": definition, "task": task.name}
         protocol |= {"metric": task.metric, "data": loaded.hashes}
+        own: dict[str, Any] = {}
+        if task.metric in CORPUS_METRICS:
+            own["arithmetic"] = CORPUS_METRICS[task.metric].signature()
+            protocol |= own
+        if loaded.suite.rule == "apart":
+            own["health"] = _health(loaded, frame, records, [task])
         listed.append(
             {
                 "task": task.name,
@@ -238,6 +267,7 @@ def _manifest(
                 "n": int(chosen.value.notna().sum()),
                 "n_total": loaded.totals[task.name],
                 "protocol": identity(protocol)[:12],
+                **own,
             }
         )
     engine, notes = _engine(step.folder)
@@ -262,7 +292,7 @@ def _manifest(
         "lm_eval": version("lm-eval"),
         "mixing": MIXING if plan.folders[row] is None else None,
         "tasks": listed,
-        "health": _health(loaded, frame, records),
+        "health": _health(loaded, frame, records, loaded.suite.tasks),
         "engine": engine,
         "notes": notes,
         "cost": _cost(step.folder),

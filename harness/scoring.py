@@ -14,11 +14,10 @@ Shapes: B rows, T positions, V vocabulary, D hidden width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.registry import register_model
@@ -45,11 +44,11 @@ from harness.generation import (
     together,
 )
 from harness.packing import alike, batches, beginnings, filled
+from harness.rolling import Rolled, joined, windows
 
 PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
 SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
 CPU_POSITIONS = 1024  # a forward on the CPU: wider ones pad more, narrower ones share less work
-
 
 Pair = tuple[list[int], list[int]]  # context ids, continuation ids
 Row = tuple[list[int], list[int], list[int]]  # ids, segments, positions
@@ -166,15 +165,13 @@ class SharedPrefixLM(TemplateLM):
                 out.append(self._encode_pair(context, continuation))
         return out
 
-    def windows(self, text: str) -> list[Pair]:
-        """Disjoint windows that predict every token of a text once.
+    def windows(self, text: str, rule: Mapping[str, int] | None = None) -> list[Pair]:
+        """Windows that predict every token of a text once (`rolling`).
 
-        Relative to lm-eval: where the tokenizer itself adds BOS, lm-eval asks for BOS after BOS and
-        counts that against the text; here BOS is context only.
+        Relative to lm-eval, which asks for BOS after BOS where the tokenizer adds it: context only.
         """
-        ids = self.tok_encode(text, add_special_tokens=False)
-        rolling = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-        return [utils.make_disjoint_window(window) for window in rolling]
+        ids, before = self.tok_encode(text, add_special_tokens=False), self.prefix_token_id
+        return windows(self.tokenizer, ids, text, before, self.max_length, rule)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -189,9 +186,12 @@ class SharedPrefixLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         """Log-probability of each whole text."""
-        windows = [self.windows(request.args[0]) for request in requests]
-        scored = iter(self.score([pair for pairs in windows for pair in pairs]))
-        return [sum(next(scored).total for _ in pairs) for pairs in windows]
+        return [rolled.logprob for rolled in self.rolling(requests)]
+
+    def rolling(self, requests: Sequence[Instance]) -> list[Rolled]:
+        """Log-probability of each whole text, and of how many tokens."""
+        found = [self.windows(*request.args) for request in requests]
+        return joined(found, self.score([pair for pairs in found for pair in pairs]))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuations, cut at their stop strings."""

@@ -78,8 +78,8 @@ def calibrate(report: Report) -> list[Verdict]:
     """Every published number that the index names, judged against what its row measured."""
     out = []
     for entry in report.published:
-        cell = report.cell(entry["row"], entry["suite"])
-        scores = {task.task: task for task in cell.tasks if task.score is not None}
+        tasks = report.measured(entry["row"], entry["suite"])
+        scores = {task.task: task for task in tasks if task.score is not None}
         source = f"{entry['paper']}, {entry['table']}"
         for name, published in entry["values"].items():
             covered = entry["averages"].get(name, [name])

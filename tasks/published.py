@@ -165,7 +165,7 @@ _GENERATION = Published(
     },
     averages={},
     items={},
-    unlike="the published prompts, shots and subsets are not known",
+    unlike="the published prompts, shots, subsets and metrics are not known",
 )
 
 PUBLISHED = {

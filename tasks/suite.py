@@ -16,7 +16,7 @@ from typing import Literal
 ROOM = Path(__file__).parent
 DEFINITIONS = ROOM / "definitions"  # lm-eval's include_path
 
-_NOT_SUITES = ("__init__", "suite", "datasets", "questions", "published")
+_NOT_SUITES = ("__init__", "suite", "datasets", "questions", "open_questions", "published")
 _BBH = (
     "suite 'bbh': name the protocol. bbh@fusellm has all 6,511 questions, from the hub or a local "
     "copy (HF_DATASETS_CACHE); lm_eval:bbh_cot_fewshot is lm-eval's; bbh81 asks the 81 solved "
@@ -41,15 +41,16 @@ class Task:
 class Suite:
     """Tasks, one primary metric each, and one rule that aggregates them.
 
-    rule: "macro" is the unweighted mean over tasks. datasets: keys of `datasets.DATASETS` that must
-    be there before lm-eval can load the tasks. without: tasks that a second average leaves out, as
-    their published scores cannot be trusted.
+    rule: "macro" is the unweighted mean over tasks; "apart" takes no mean, since the tasks' scores
+    have no common scale: each task is reported as a suite of its own. datasets: keys of
+    `datasets.DATASETS` that must be there before lm-eval can load the tasks. without: tasks that a
+    second average leaves out, as their published scores cannot be trusted.
     """
 
     name: str
     title: str
     tasks: tuple[Task, ...]
-    rule: Literal["macro"] = "macro"
+    rule: Literal["macro", "apart"] = "macro"
     executes_code: bool = False
     datasets: tuple[str, ...] = ()
     without: tuple[str, ...] = ()

@@ -172,7 +172,7 @@ def test_a_recipes_own_heldout_text_is_measured_by_domain(tmp_path: Path) -> Non
     text.write_text("\n".join(map(json.dumps, rows)))
     suite, data = heldout_suite(str(text), tmp_path)
     loaded = load("bits_per_byte", data, 4, 0, suite)
-    assert [task.title for task in suite.tasks] == ["law", "sea_tales"]
+    assert [task.title for task in suite.tasks] == ["law", "sea tales"]
     assert loaded.totals == {"kfuse_heldout_law": 3, "kfuse_heldout_sea_tales": 3}
     assert sorted({item.prompt.split(" ")[0] for item in loaded.items}) == ["law", "sea"]
     text.write_text('{"text": " "}')
