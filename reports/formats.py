@@ -160,7 +160,7 @@ def _escape(text: str) -> str:
     return text.replace("\n", " ")
 
 
-_FAILURES = {
+FAILURES = {
     "truncated": "cut at the token limit",
     "unextracted": "no answer found",
     "tie": "best choices equal",
@@ -178,10 +178,10 @@ def health(report: Report) -> list[str]:
     if not found:
         return []
     lines = ["", "## Items that did not go as meant", ""]
-    lines.append(f"| row | suite | items | {' | '.join(_FAILURES.values())} |")
-    lines.append("|" + " --- |" * (3 + len(_FAILURES)))
+    lines.append(f"| row | suite | items | {' | '.join(FAILURES.values())} |")
+    lines.append("|" + " --- |" * (3 + len(FAILURES)))
     for cell, counts in found:
-        shown = " | ".join(str(counts.get(kind, 0)) for kind in _FAILURES)
+        shown = " | ".join(str(counts.get(kind, 0)) for kind in FAILURES)
         lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {cell.n} | {shown} |")
     return lines
 

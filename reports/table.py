@@ -9,7 +9,7 @@ only between runs whose signatures differ in nothing but the model. Not measured
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,7 @@ class Report:
     overrides: tuple[str, ...]
     home: Path
     published: tuple[dict[str, Any], ...] = ()  # what papers printed for rows of this report
+    extra: dict[str, Any] = field(default_factory=dict)  # what else harness gathered, by panel
 
     def cell(self, row: str, suite: str) -> Cell:
         """The cell of a row and a suite."""
@@ -152,6 +153,7 @@ def read(index: Path) -> Report:
         overrides=tuple(content.get("overrides", ())),
         home=home,
         published=tuple(content.get("published", ())),
+        extra=content.get("extra", {}),
     )
 
 
