@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import platform
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from harness.build import model_folder
+from harness.contamination import contamination
 from harness.plan import Plan, Step, suite_of
+from harness.prompts import prompts
 from harness.recipe import Loaded
 from harness.store import identity, provenance, read_manifest, write_json
+from harness.wins import wins
 from tasks.published import LLAMA2, PUBLISHED
 
 
@@ -40,6 +47,7 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
         "suites": [_suite(plan, name, runs) for name in recipe.evaluate.suites],
         "cells": cells,
         "published": _published(plan),
+        "extra": _extra(plan, loaded, list(runs.values())),
         "facts": {
             "machine": machine(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -50,6 +58,24 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
     path = folder / "index.json"
     write_json(path, index)
     return path, render(path)
+
+
+def _extra(plan: Plan, loaded: Loaded, runs: list[Step]) -> dict[str, Any]:
+    """What panels show beside scores; each part only if there is something to it."""
+    by_suite = {
+        suite: prompts(plan, [step for step in runs if step.name == suite])
+        for suite in plan.recipe.evaluate.suites
+    }
+    return {
+        "seed": plan.recipe.seed,
+        "resolved": yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False),
+        "prompts": {
+            suite: {protocol: _relative(plan, path) for protocol, path in files.items()}
+            for suite, files in by_suite.items()
+        },
+        "contamination": contamination(plan, by_suite),
+        "wins": wins(plan),
+    }
 
 
 def _published(plan: Plan) -> list[dict[str, Any]]:
@@ -125,7 +151,34 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         "cost": _cost(folder) if folder else None,
         "training_log": _relative(plan, log) if log and log.exists() else None,
         "captures": captures,
+        "parameters": _parameters(plan, row),
+        "forwards": len(_members(plan, row)),
     }
+
+
+def _members(plan: Plan, row: str) -> list[str]:
+    """The rows whose models run when a row is asked: an ensemble's members, else the row."""
+    variant = plan.recipe.variants.get(row)
+    return list(variant.ensemble.members) if variant and variant.ensemble else [row]
+
+
+def _parameters(plan: Plan, row: str) -> int | None:
+    """Parameters of all models that run, as their safetensors files name them, if all are here."""
+    total = 0
+    for member in _members(plan, row):
+        step = plan.steps.get(plan.identities[member])
+        files = sorted(model_folder(plan, member).glob("*.safetensors"))
+        if not files or (step is not None and not step.done):
+            return None
+        total += sum(_elements(file) for file in files)
+    return total
+
+
+def _elements(file: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as tensors:
+        return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _relative(plan: Plan, path: Path | None) -> str | None:
