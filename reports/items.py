@@ -68,8 +68,8 @@ def items(report: Report) -> Panel | None:
             }
         )
     text = (
-        "Questions that two rows answered otherwise, a sample of them: the page says of how many. "
-        "Long texts are cut in the middle. `kfuse compare` lists all.",
+        "Questions on which two rows have another score, a sample of them. Long texts are cut in "
+        "the middle; kfuse compare lists all items.",
     )
     listed = [entry for entry in listed if entry["items"]]
     if not listed:
@@ -222,7 +222,10 @@ def _item(
             ]
         )
     shown = None if gold in (None, "null") else plain(str(gold), ANSWER)
-    item = {"task": plain(key[0], 200), "id": key[1], "gold": texts.place(shown)}
+    title = next(
+        t.get("title", key[0]) for t in suite.runs[0].manifest["tasks"] if t["task"] == key[0]
+    )
+    item = {"task": plain(title, 200), "id": key[1], "gold": texts.place(shown)}
     return item | {"asked": asked, "said": said}
 
 

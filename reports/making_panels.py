@@ -89,7 +89,7 @@ def quality(report: Report) -> Panel | None:
             figures.append(Figure(column.title, svg))
     forwards = {row["name"]: row.get("forwards", 1) for row in report.rows}
     for name, size in sizes.items():
-        line = [words(name), count(forwards[name]), count(size / 1e6, 1), count(2 * size / 1e9, 2)]
+        line = [words(name), count(forwards[name]), _short(size / 1e6), _short(2 * size / 1e9)]
         for column in report.columns:
             cell = report.cell(name, column.name)
             if cell.score is None:
@@ -153,6 +153,10 @@ def costs(report: Report) -> Panel | None:
         head = ["row", "suite", "items", "seconds", "tokens", "tokens a second", "GB of memory"]
         tables.append(Table("Measuring", head, tuple(measured)))
     return Panel("Time and memory", tables=tuple(tables)) if tables else None
+
+
+def _short(value: float) -> Value:
+    return Value(f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", value)
 
 
 def _gigabytes(size: float | None) -> Value:

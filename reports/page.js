@@ -157,10 +157,9 @@ function browser(place, { suites, texts }) {
       if (which.value === "1") return better(suite, said[0][0], said[1][0]);
       return which.value === "0" || better(suite, said[1][0], said[0][0]);
     });
-    const all = which.value === "0" ? "" : " in either way";
     told.textContent = pair[0] === pair[1] ? "Choose two rows."
       : differ < 0 ? "Not comparable: these rows were not asked the same."
-        : `${found.length} items shown; ${differ} differ${all}.`;
+        : `${found.length} shown; ${differ} of the suite's items differ between these rows.`;
     list.replaceChildren(...found.map((item) => entry(suite, texts, item, pair)));
   }
 

@@ -30,6 +30,7 @@ class Value:
     note_tone: str = ""
 
 
+LONG_WORD = 30  # characters; a longer word is broken where its line ends
 MISSING = Value("–", tone="gap")
 
 
@@ -77,7 +78,9 @@ Draw = Callable[[Report], Panel | None]
 
 def words(text: Any, tone: str = "", note: str = "") -> Value:
     """A place that holds words; sorted by them."""
-    return Value(str(text), order=str(text).casefold(), tone=tone, note=note)
+    long = any(len(word) > LONG_WORD for word in str(text).split())
+    tone = " ".join(part for part in ("words", "long" if long else "", tone) if part)
+    return Value(str(text), str(text).casefold(), tone=tone, note=note)
 
 
 def count(value: float | None, digits: int = 0, signature: str = "") -> Value:

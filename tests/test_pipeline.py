@@ -54,6 +54,11 @@ def test_from_yaml_to_report(finished: Path) -> None:
     drawn = re.findall(r'<svg role="img" aria-label="(.*?) ', page)
     assert drawn.count("Gains") == differ
     assert drawn.count("Training:") == 3  # losses, and coverage
+    for panel in ("items", "health", "contamination", "wins", "quality", "costs", "provenance"):
+        assert f'<section id="{panel}"' in page
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])["items"]
+    asked = {data["texts"][i["asked"][0]] for s in data["suites"] for i in s["items"]}
+    assert any("the brook had left its bed" in prompt for prompt in asked)
     assert not re.search(r'(?:src|href)="(?!#)', page)
 
 
