@@ -20,9 +20,9 @@ from reports.panels import Draw, Panel
 from reports.records import Run, read_pack, read_primary, read_prompts
 from reports.signature import differences
 from reports.table import Column, Report
-from reports.untrusted import plain
+from reports.untrusted import plain, script_json
 
-BUDGET = 900_000  # characters of all suites together
+BUDGET = 900_000  # bytes of all suites together
 PROMPT, ANSWER = 2_400, 800  # longest texts shown
 OPENED = 1_200  # parts of samples that a page opens; a part takes about a millisecond
 TURNS = 400  # items that a pair of rows may bring
@@ -93,7 +93,7 @@ class Texts:
         if text not in self.places:
             self.places[text] = len(self.listed)
             self.listed.append(text)
-            self.size += len(text.encode())
+            self.size += len(script_json(text)) + 1
         return self.places[text]
 
 
@@ -162,11 +162,13 @@ def _shown(
         if protocol in where:
             wanted = {suite.keys[place] for place in order}
             prompts[protocol] = read_prompts(Path(report.home) / where[protocol], wanted)
-    started = texts.size
+    spent = -texts.size
     for place in order:
-        yield _item(suite, place, records, prompts, texts)
-        if texts.size - started > budget:
+        item = _item(suite, place, records, prompts, texts)
+        spent += len(script_json(item))
+        if spent + texts.size > budget:
             return
+        yield item
 
 
 def _packs(suite: Measured, parts: int) -> list[str]:
