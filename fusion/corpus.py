@@ -93,6 +93,19 @@ def _read_file(file: Path) -> Iterator[tuple[str, str]]:
         raise RunError(f"{file}: not readable ({error}); is it whole, and UTF-8?") from error
 
 
+def of_domains(
+    documents: Sequence[tuple[str, str]], wanted: Sequence[str]
+) -> list[tuple[str, str]]:
+    """The documents of these domains; RunError if there is none of one, naming those there are."""
+    there = sorted({domain for domain, _ in documents})
+    absent = [domain for domain in wanted if domain not in there]
+    if absent:
+        raise RunError(
+            f"corpus: no document of domain {', '.join(absent)}; its domains: {', '.join(there)}"
+        )
+    return [(domain, text) for domain, text in documents if domain in wanted]
+
+
 def pack(
     documents: Sequence[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,

@@ -85,6 +85,20 @@ def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
     return model
 
 
+def skeleton(folder: str | Path) -> PreTrainedModel:
+    """The model in a folder without its weights, in no time: for its shapes.
+
+    Raises RunError naming the folder if its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet()
+    with _reading(str(folder)):
+        config = AutoConfig.from_pretrained(str(folder))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids a model takes; it may be more than its tokenizer has."""
     return cast("Tensor", model.get_input_embeddings().weight).shape[0]

@@ -142,6 +142,14 @@ class Train(Section):
 
     init: str = Field(description="row that gives the initial weights")
     fuse: Fuse | None = None
+    budget: str | None = Field(
+        None,
+        description="row whose FLOPs, those of its sources included, this training comes to, by "
+        "going on over the same blocks",
+    )
+    domains: list[str] | None = Field(
+        None, description="train on these domains of the corpus only", min_length=1
+    )
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.008, description="share of the steps", ge=0, le=1)

@@ -60,6 +60,18 @@ class FusedTargets:
         return _padded(fused, labelled)
 
 
+def won(stores: Sequence[Store], blocks: Sequence[Sequence[Piece]]) -> list[int]:
+    """How many blocks each source predicts best, in bits per byte; a tie goes to the earlier.
+
+    This is whom MinCE takes (FuseLLM 2401.10491, section 3.3), whatever the function in use.
+    """
+    best = [
+        int(bits_per_byte([store.read(number, block) for store in stores], block).argmin())
+        for number, block in enumerate(blocks)
+    ]
+    return np.bincount(best, minlength=len(stores)).tolist()
+
+
 def _padded(fused: Aligned, labelled: np.ndarray) -> dict[str, np.ndarray]:
     """Sparse rows as (T, K) arrays, and each covered position's share of the block's loss."""
     rows = fused.probabilities

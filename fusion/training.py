@@ -214,11 +214,13 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
     train, machine = job["train"], job["machine"]
     micro = machine["micro_batch"]
     total = max(1, -(-job["blocks"] // train["batch_blocks"])) * train["epochs"]
+    total = job.get("steps") or total
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=max(1, train["batch_blocks"] // (micro * world)),
         num_train_epochs=train["epochs"],
+        max_steps=job.get("steps") or -1,
         learning_rate=train["learning_rate"],
         lr_scheduler_type=train["schedule"],
         warmup_steps=round(train["warmup"] * total),

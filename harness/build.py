@@ -10,14 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fusion.errors import RunError
+from fusion.spec import Fuse
+from harness.costs import Meter, budget, counted, written
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say
 from harness.store import (
@@ -70,7 +69,7 @@ def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
 
 def _carry_out(plan: Plan, step: Step) -> None:
     say(f"{step.kind} {step.name} → {step.folder.name}" + (" (going on)" if step.started else ""))
-    started = time.monotonic()
+    meter = Meter(_gpus(plan, step))
     try:
         step.folder.mkdir(parents=True, exist_ok=True)
         if step.disk:
@@ -78,12 +77,7 @@ def _carry_out(plan: Plan, step: Step) -> None:
         facts = STAGES[step.kind](plan, step)
     except OSError as error:
         raise world(error, step.folder) from error
-    cost = {
-        "seconds": round(time.monotonic() - started, 3),
-        "tokens": step.tokens,
-        "bytes": sum(f.stat().st_size for f in step.folder.rglob("*") if f.is_file()),
-        "peak_memory_bytes": psutil.Process().memory_info().rss,
-    }
+    cost = meter.cost() | counted(plan, step) | {"bytes": written(step.folder)}
     finish(
         step.folder,
         {
@@ -97,6 +91,13 @@ def _carry_out(plan: Plan, step: Step) -> None:
             "facts": facts,
         },
     )
+
+
+def _gpus(plan: Plan, step: Step) -> int:
+    """How many GPUs a stage holds: one for each process of those that run models."""
+    if step.kind not in ("capture", "train") or not device(plan).startswith("cuda"):
+        return 0
+    return plan.recipe.machine.processes if step.kind == "train" else 1
 
 
 def _fetch(plan: Plan, step: Step) -> dict[str, Any]:
@@ -135,12 +136,14 @@ def device(plan: Plan) -> str:
 
 def _pack(plan: Plan, step: Step) -> dict[str, Any]:
     """The corpus as blocks of the target's tokens."""
-    from fusion.corpus import pack, read_documents, text_bytes, write_blocks
+    from fusion.corpus import of_domains, pack, read_documents, text_bytes, write_blocks
     from fusion.models import load_tokenizer
 
     corpus = plan.recipe.corpus
     assert corpus
     documents = read_documents(corpus_path(plan, corpus.path))
+    if "domains" in step.content:
+        documents = of_domains(documents, step.content["domains"])
     tokenizer = load_tokenizer(model_folder(plan, step.content["row"]))
     blocks = pack(documents, tokenizer, corpus.blocks, corpus.tokens, plan.recipe.seed)
     write_blocks(step.folder / "blocks.parquet", blocks)
@@ -269,6 +272,7 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
     assert train
     content = step.content
     assert plan.recipe.corpus
+    steps, flops = budget(plan, step) if train.budget else (None, None)
     sources = []
     for index, row in enumerate(train.fuse.sources if train.fuse else ()):
         assert train.fuse
@@ -281,7 +285,8 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
         "init": str(model_folder(plan, train.init)),
         "out": str(step.folder),
         "corpus": str(plan.steps[content["corpus"]].folder / "blocks.parquet"),
-        "train": train.model_dump(exclude={"fuse", "init", "seed"}),
+        "train": train.model_dump(exclude={"fuse", "init", "seed", "budget", "domains"}),
+        "steps": steps,
         "fuse": train.fuse.model_dump() if train.fuse else None,
         "sources": sources,
         "packing": plan.recipe.corpus.packing,
@@ -299,11 +304,24 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
     if machine.processes == 1 and not machine.deepspeed:
         from fusion.training import train as run
 
-        facts = dict(run(job))
+        facts: dict[str, Any] = dict(run(job))
     else:
         launch(step.folder / "job.json", machine.processes)
         facts = {"processes": machine.processes}
-    return facts
+    facts |= {"budget_flops": flops} if flops else {}
+    return facts | ({"won": _won(train.fuse, job)} if train.fuse else {})
+
+
+def _won(fuse: Fuse, job: Mapping[str, Any]) -> dict[str, int] | None:
+    """Blocks that each source predicts best; not known where they ran while training."""
+    if fuse.online:
+        return None
+    from fusion.corpus import read_blocks
+    from fusion.distributions import open_store
+    from fusion.targets import won
+
+    stores = [open_store(source["store"]) for source in job["sources"]]
+    return dict(zip(fuse.sources, won(stores, read_blocks(Path(job["corpus"]))), strict=True))
 
 
 def launch(job: Path, processes: int) -> None:

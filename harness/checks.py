@@ -63,7 +63,7 @@ def references(raw: Mapping) -> Problems:
     for name, kind, section in _variants(raw):
         at = f"variants.{name}.{kind}"
         fuse = _mapping(section, "fuse")
-        named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base")]
+        named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base", "budget")]
         for key in ("inputs", "members"):
             named += [(f"{at}.{key}[{i}]", row) for i, row in enumerate(_list(section, key))]
         named += [(f"{at}.fuse.sources[{i}]", v) for i, v in enumerate(_list(fuse, "sources"))]
@@ -80,6 +80,24 @@ def references(raw: Mapping) -> Problems:
             for other in wanted
             if other in ensembles
         )
+
+
+def budgets(raw: Mapping) -> Problems:
+    """Trained rows that are to cost what another row does: which row that may be, and what not."""
+    trained = {name: section for name, kind, section in _variants(raw) if kind == "train"}
+    for name, section in trained.items():
+        row, at = section.get("budget"), f"variants.{name}.train"
+        if row is None:
+            continue
+        if row in [*_mapping(raw, "sources"), *_mapping(raw, "variants")]:
+            if row not in trained:
+                yield f"{at}.budget", f"'{row}' is not trained: it has no FLOPs to come to"
+            elif trained[row].get("budget"):
+                yield f"{at}.budget", f"'{row}' has a budget itself; name the row that sets it"
+        if section.get("fuse"):
+            yield f"{at}.budget", "only plain training takes a budget; leave out fuse or budget"
+        if "epochs" in section:
+            yield f"{at}.epochs", "the budget decides how long it trains; leave out one of them"
 
 
 def _reach(name: str, needs: Mapping[str, Sequence[str]]) -> set[str]:

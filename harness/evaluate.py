@@ -9,7 +9,6 @@ records, byte for byte. Scores are derived from them in a second pass (`scores`)
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +18,14 @@ from unittest.mock import patch
 
 import lm_eval
 import numpy as np
-import psutil
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
+from fusion.flops import FlopCounter
+from harness.costs import Meter, counting, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
@@ -232,14 +232,14 @@ def answer(
     done = sum(len(pack.items) for pack in own) - sum(len(pack.items) for pack in todo)
     if done and todo:
         say(f"{label}: {done} of {len(loaded.items)} items measured before, going on")
-    with bar(label, sum(len(pack.items) for pack in todo)) as progress:
+    with bar(label, sum(len(pack.items) for pack in todo)) as progress, counting(lm) as counters:
         finished = 0
         for pack in todo:
             if not going():
                 return
             # Another process may have written it meanwhile.
             if problem(folder, pack.label):
-                _measure_pack(folder, pack, loaded.protocol, lm)
+                _measure_pack(folder, pack, loaded.protocol, lm, counters)
             finished += len(pack.items)
             progress(finished)
 
@@ -249,8 +249,11 @@ def unfinished(step: Step, loaded: Loaded) -> bool:
     return any(problem(step.folder, pack.label) for pack in packs(step, loaded))
 
 
-def _measure_pack(folder: Path, pack: Pack, protocol: str, lm: Any) -> None:
-    started, before = time.monotonic(), lm.forward_tokens
+def _measure_pack(
+    folder: Path, pack: Pack, protocol: str, lm: Any, counters: Sequence[FlopCounter]
+) -> None:
+    meter, before = Meter(gpus(counters)), lm.forward_tokens
+    counted = sum(counter.flops for counter in counters)
     records = [
         _record(item, found) | {"protocol": protocol} for item, found in _ask(lm, pack.items)
     ]
@@ -258,9 +261,9 @@ def _measure_pack(folder: Path, pack: Pack, protocol: str, lm: Any) -> None:
         folder,
         {
             "pack": pack.label["pack"],
-            "seconds": round(time.monotonic() - started, 6),
+            **meter.cost(),
             "tokens": lm.forward_tokens - before,
-            "peak_memory_bytes": psutil.Process().memory_info().rss,
+            **spent_on(counters, counted),
             "engine": dict(getattr(lm, "engine", {})),
             "notes": list(getattr(lm, "notes", [])),
         },

@@ -8,9 +8,7 @@ loads no model and needs no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from fusion.spec import Source, Train
 from harness.assets import PINNED, local_files
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
 from harness.recipe import Recipe
+from harness.steps import Plan, Step, root
 from harness.store import identity, read_manifest
 from tasks.suite import Suite, load_suite
 
@@ -29,71 +28,10 @@ VERSIONS = {
     "capture": 2,
     "map": 2,
     "train": 1,
+    "budget": 1,
     "merge": 2,
     "evaluate": 2,
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One folder to be made: what kind, for which rows, from what, and about how large."""
-
-    kind: str  # fetch, pack, capture, map, train, merge, evaluate
-    name: str
-    folder: Path
-    identity: str
-    content: dict[str, Any]
-    needs: tuple[str, ...] = ()  # identities of steps
-    rows: tuple[str, ...] = ()
-    tokens: int = 0
-    disk: int = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether the folder is finished."""
-        return read_manifest(self.folder) is not None
-
-    @property
-    def started(self) -> bool:
-        """Whether there is work to go on from."""
-        return self.folder.exists() and not self.done
-
-    @property
-    def failure(self) -> str | None:
-        """Why the last try failed, if it did."""
-        try:
-            return str(json.loads((self.folder / "failed.json").read_text())["reason"])
-        except (OSError, ValueError, KeyError):
-            return None
-
-
-@dataclass
-class Plan:
-    """Steps in an order that works, and where each row's model is or will be."""
-
-    recipe: Recipe
-    home: Path
-    steps: dict[str, Step] = field(default_factory=dict)  # by identity
-    identities: dict[str, str] = field(default_factory=dict)  # by row
-    folders: dict[str, Path | None] = field(default_factory=dict)  # by row; None for ensembles
-    summaries: dict[str, str] = field(default_factory=dict)
-
-    def add(self, step: Step) -> Step:
-        """Keep a step once, whichever rows need it."""
-        known = self.steps.get(step.identity)
-        if known:
-            rows = tuple(dict.fromkeys([*known.rows, *step.rows]))
-            step = Step(**{**known.__dict__, "rows": rows})
-        self.steps[step.identity] = step
-        return step
-
-    def evaluations(self, row: str) -> list[Step]:
-        """The measurements of a row, in the recipe's order of suites."""
-        return [s for s in self.steps.values() if s.kind == "evaluate" and s.rows == (row,)]
-
-    def builds(self) -> list[Step]:
-        """Everything but measurements."""
-        return [s for s in self.steps.values() if s.kind != "evaluate"]
 
 
 def plan(recipe: Recipe, home: Path) -> Plan:
@@ -126,12 +64,19 @@ def inputs(recipe: Recipe, name: str) -> list[str]:
         return []
     variant = recipe.variants[name]
     if variant.train:
-        fuse = variant.train.fuse
-        return [variant.train.init, *(fuse.sources if fuse else [])]
+        rows = []
+        for train in (variant.train, paid(recipe, variant.train)):
+            rows += [train.init, *(train.fuse.sources if train.fuse else [])] if train else []
+        return list(dict.fromkeys(rows))
     if variant.merge:
         return [*variant.merge.inputs, *([variant.merge.base] if variant.merge.base else [])]
     assert variant.ensemble
     return list(variant.ensemble.members)
+
+
+def paid(recipe: Recipe, train: Train) -> Train | None:
+    """The training whose FLOPs this one comes to, if it has a budget."""
+    return recipe.variants[train.budget].train if train.budget else None
 
 
 def _place(home: Path, room: str, name: str, key: str) -> Path:
@@ -231,18 +176,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
     assert corpus
     init = out.identities[train.init]
     seed = recipe.seed if train.seed is None else train.seed
-    pack = {
-        "corpus": corpus_hash(home, corpus.path),
-        "blocks": corpus.blocks,
-        "tokens": corpus.tokens,
-        "tokenizer": tokenizer_identity(out, train.init),
-        "seed": recipe.seed,
-        "version": VERSIONS["pack"],
-    }
-    tokenizer_row = _root(recipe, train.init)
-    packed = out.add(
-        _step(out, "pack", "corpus", pack, (init,), name, row=tokenizer_row, tokens=corpus.tokens)
-    )
+    packed = _pack_step(out, name, train)
     content: dict[str, Any] = train.results() | {
         "init": init,
         "corpus": packed.identity,
@@ -250,8 +184,16 @@ def _train(out: Plan, name: str, train: Train) -> None:
         "seed": seed,
         "version": VERSIONS["train"],
     }
+    # The corpus' identity says the domains; a budget is what it counts, not the row's name.
+    del content["domains"], content["budget"]
     needs = [init, packed.identity]
-    summary = f"{train.init} trained on the corpus"
+    summary = f"{train.init} trained on {', '.join(train.domains or ['the corpus'])}"
+    rival = paid(recipe, train)
+    if rival:
+        content["budget"] = _budget(out, name, rival)
+        needs += [content["budget"]["init"], content["budget"]["corpus"]]
+        needs += content["budget"]["sources"]
+        summary += f" for as many FLOPs as {train.budget}"
     if train.fuse:
         from fusion.vocabulary import needs_counts
 
@@ -301,6 +243,37 @@ def _train(out: Plan, name: str, train: Train) -> None:
     out.summaries[name] = summary
 
 
+def _pack_step(out: Plan, name: str, train: Train) -> Step:
+    """The blocks that a row trains on; `name` is the row that needs them."""
+    corpus = out.recipe.corpus
+    assert corpus
+    pack: dict[str, Any] = {
+        "corpus": corpus_hash(out.home, corpus.path),
+        "blocks": corpus.blocks,
+        "tokens": corpus.tokens,
+        "tokenizer": tokenizer_identity(out, train.init),
+        "seed": out.recipe.seed,
+        "version": VERSIONS["pack"],
+    }
+    pack |= {"domains": sorted(train.domains)} if train.domains else {}
+    called = "+".join(sorted(train.domains or ["corpus"]))
+    needs = (out.identities[train.init],)
+    row = root(out.recipe, train.init)
+    return out.add(_step(out, "pack", called, pack, needs, name, row=row, tokens=corpus.tokens))
+
+
+def _budget(out: Plan, name: str, rival: Train) -> dict[str, Any]:
+    """What decides another row's FLOPs; λ and whatever else costs nothing stays out."""
+    sources = rival.fuse.sources if rival.fuse else []
+    return {
+        "init": tokenizer_identity(out, rival.init),
+        "corpus": _pack_step(out, name, rival).identity,
+        "epochs": rival.epochs,
+        "sources": [tokenizer_identity(out, source) for source in sources],
+        "version": VERSIONS["budget"],
+    }
+
+
 def _map_step(
     out: Plan,
     name: str,
@@ -313,7 +286,7 @@ def _map_step(
 
     counted: the corpus and the alignment whose pairs it is made from, if it is.
     """
-    roots = _root(out.recipe, source), _root(out.recipe, target)
+    roots = root(out.recipe, source), root(out.recipe, target)
     content = {
         "source": out.identities[roots[0]],
         "target": out.identities[roots[1]],
@@ -345,27 +318,14 @@ def _step(
     return Step(kind, name, folder, key, content | extra, needs, (for_row,), tokens, disk)
 
 
-def _root(recipe: Recipe, row: str) -> str:
-    """The source whose tokenizer a row carries."""
-    while row in recipe.variants:
-        variant = recipe.variants[row]
-        if variant.train:
-            row = variant.train.init
-        elif variant.merge:
-            row = variant.merge.base or variant.merge.inputs[0]
-        else:
-            break
-    return row
-
-
 def tokenizer_identity(out: Plan, row: str) -> str:
     """The identity of the source whose tokenizer a row carries."""
-    return out.identities[_root(out.recipe, row)]
+    return out.identities[root(out.recipe, row)]
 
 
 def _size(out: Plan, row: str) -> int:
     """Bytes that a model made from this row's source takes, as far as is known."""
-    folder = out.folders.get(_root(out.recipe, row))
+    folder = out.folders.get(root(out.recipe, row))
     if folder is None or not folder.is_dir():
         return 1_100_000_000
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -394,9 +354,21 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
         local = Path(recipe.evaluate.data).expanduser()
         read = {str(p): file_hash(out.home, local / p) for p in local_files(known.datasets, local)}
         content |= {"data": read} if read else {}
-    if suite == "bits_per_byte" and recipe.corpus and recipe.corpus.heldout:
+    if suite.startswith("bits_per_byte") and recipe.corpus and recipe.corpus.heldout:
         content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout, "heldout")
     key = identity({"evaluate": content})
     folder = _place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
     needs = (out.identities[row],)
     out.add(Step("evaluate", suite, folder, key, content, needs, (row,)))
+
+
+__all__ = [
+    "Plan",
+    "Step",
+    "hub_snapshot",
+    "inputs",
+    "paid",
+    "plan",
+    "suite_of",
+    "tokenizer_identity",
+]

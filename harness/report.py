@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import platform
 import time
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from harness.build import model_folder
+from fusion.spec import Variant
 from harness.contamination import contamination
 from harness.plan import Plan, Step, suite_of
 from harness.prompts import prompts
 from harness.recipe import Loaded
+from harness.steps import root
 from harness.store import identity, provenance, read_manifest, write_json
-from harness.wins import wins
-from tasks.published import LLAMA2, PUBLISHED
+from tasks.published import DOMAINS, LLAMA2, PUBLISHED
 
 
 def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, dict[str, Path]]:
@@ -48,6 +47,7 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
         "cells": cells,
         "published": _published(plan),
         "extra": _extra(plan, loaded, list(runs.values())),
+        "domains": _domains(plan),
         "facts": {
             "machine": machine(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -74,7 +74,6 @@ def _extra(plan: Plan, loaded: Loaded, runs: list[Step]) -> dict[str, Any]:
             for suite, files in by_suite.items()
         },
         "contamination": contamination(plan, by_suite),
-        "wins": wins(plan),
     }
 
 
@@ -111,6 +110,13 @@ def _published(plan: Plan) -> list[dict[str, Any]]:
     return out
 
 
+def _domains(plan: Plan) -> dict[str, Any] | None:
+    """The paper's table of domains, where the recipe measures what stands in for them."""
+    if "bits_per_byte@fusellm" not in plan.recipe.evaluate.suites:
+        return None
+    return {key: getattr(DOMAINS, key) for key in ("source", "columns", "rows", "unlike")}
+
+
 def _cost(folder: Path) -> dict[str, Any]:
     return (read_manifest(folder) or {}).get("cost", {})
 
@@ -137,6 +143,7 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
     if variant:
         kind = "train" if variant.train else "merge" if variant.merge else "ensemble"
     log = folder / "training.csv" if folder else None
+    facts = (read_manifest(folder) or {}).get("facts", {}) if folder else {}
     captures = [
         {"name": step.name, "cost": _cost(step.folder)}
         for step in plan.steps.values()
@@ -151,34 +158,40 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         "cost": _cost(folder) if folder else None,
         "training_log": _relative(plan, log) if log and log.exists() else None,
         "captures": captures,
-        "parameters": _parameters(plan, row),
-        "forwards": len(_members(plan, row)),
+        "stages": _stages(plan, row),
+        "sources": _drawn_on(variant),
+        "target": _target(plan, row),
+        "won": facts.get("won"),
     }
 
 
-def _members(plan: Plan, row: str) -> list[str]:
-    """The rows whose models run when a row is asked: an ensemble's members, else the row."""
-    variant = plan.recipe.variants.get(row)
-    return list(variant.ensemble.members) if variant and variant.ensemble else [row]
+def _stages(plan: Plan, row: str) -> list[dict[str, Any]]:
+    """The finished folders that were made for a row, with what they cost."""
+    return [
+        {
+            "stage": step.kind,
+            "name": step.name,
+            "shared_by": len(step.rows),
+            "cost": _cost(step.folder),
+        }
+        for step in plan.builds()
+        if row in step.rows and step.done
+    ]
 
 
-def _parameters(plan: Plan, row: str) -> int | None:
-    """Parameters of all models that run, as their safetensors files name them, if all are here."""
-    total = 0
-    for member in _members(plan, row):
-        step = plan.steps.get(plan.identities[member])
-        files = sorted(model_folder(plan, member).glob("*.safetensors"))
-        if not files or (step is not None and not step.done):
-            return None
-        total += sum(_elements(file) for file in files)
-    return total
+def _drawn_on(variant: Variant | None) -> list[str]:
+    """The rows that a fusion, a merge or an ensemble combines."""
+    if variant is None:
+        return []
+    if variant.train:
+        return list(variant.train.fuse.sources) if variant.train.fuse else []
+    return list(variant.merge.inputs if variant.merge else variant.ensemble.members)  # type: ignore[union-attr]
 
 
-def _elements(file: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(file, "np") as tensors:
-        return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+def _target(plan: Plan, row: str) -> str | None:
+    """The given LLM whose weights a row began as; an ensemble has none."""
+    begun = root(plan.recipe, row)
+    return begun if begun in plan.recipe.sources else None
 
 
 def _relative(plan: Plan, path: Path | None) -> str | None:

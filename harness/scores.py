@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from fusion.errors import RunError
+from harness.costs import written
 from harness.evaluate import Item, Loaded, packs
 from harness.hashing import definition_hash
 from harness.plan import Plan, Step
@@ -172,12 +173,23 @@ def _cost(folder: Path) -> dict[str, Any]:
     seconds: in packs only; loading models, and packs that an interruption cut, are not known.
     """
     entries = spent(folder)
+    peaks = ("peak_memory_bytes", "peak_gpu_memory_bytes")
     return {
-        "seconds": round(sum(entry["seconds"] for entry in entries), 3),
+        **{key: _sum(entries, key) for key in ("seconds", "cpu_seconds", "gpu_seconds")},
         "tokens": sum(entry["tokens"] for entry in entries),
-        "peak_memory_bytes": max((e.get("peak_memory_bytes", 0) for e in entries), default=0),
+        "flops": _sum(entries, "flops"),
+        "flops_per_token": next((e.get("flops_per_token") for e in reversed(entries)), None),
+        "bytes": written(folder),
+        **{p: max(e[p] for e in entries if p in e) for p in peaks if any(p in e for e in entries)},
         "packs_measured": len(entries),
     }
+
+
+def _sum(entries: list[dict[str, Any]], key: str) -> Any:
+    """The sum, or None if a pack does not know it."""
+    found = [entry.get(key) for entry in entries]
+    known = [value for value in found if value is not None]
+    return round(sum(known), 3) if len(known) == len(found) else None
 
 
 def _engine(folder: Path) -> tuple[dict[str, Any], list[str]]:

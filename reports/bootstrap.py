@@ -93,9 +93,15 @@ def _collapsed(strata: list[Array]) -> list[tuple[Array, float]] | None:
 
 def _ratios(part: Array, generator: np.random.Generator, draws: int) -> Array:
     """(draws,) ratios of sums, each over n − 1 of the n clusters drawn with replacement."""
+    sums = drawn(part, generator, draws)
+    return np.asarray(sums[:, 0] / sums[:, 1])
+
+
+def drawn(part: Array, generator: np.random.Generator, draws: int) -> Array:
+    """Sums of each column, (draws, columns), over n − 1 of the n clusters with replacement."""
     units, counts = np.unique(part, axis=0, return_counts=True)
     n = len(part)
-    sums = np.empty((draws, 2))
+    sums = np.empty((draws, part.shape[1]))
     few = len(units) <= CATEGORIES
     step = max(1, BLOCK // (len(units) if few else n))
     for start in range(0, draws, step):
@@ -105,4 +111,4 @@ def _ratios(part: Array, generator: np.random.Generator, draws: int) -> Array:
             sums[start : start + size] = times @ units
         else:
             sums[start : start + size] = part[generator.integers(n, size=(size, n - 1))].sum(axis=1)
-    return np.asarray(sums[:, 0] / sums[:, 1])
+    return sums

@@ -1,7 +1,5 @@
 """A report as text: terminal, Markdown and CSV.
 
-Percent and rounding happen here and nowhere before.
-
 Add a format: a function of a Report and its line in FORMATS at the foot.
 """
 
@@ -12,8 +10,11 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from reports import costs, lines_formats
 from reports.calibration import calibrate
 from reports.table import Cell, Column, Gain, Report
+from reports.text import escape as _escape
+from reports.text import interval, number, signed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,28 +22,6 @@ if TYPE_CHECKING:
 SIGN = (
     "gain: paired difference to the reference, positive is better whatever the metric's direction"
 )
-
-
-def number(value: float | None, column: Column) -> str:
-    """A score: percent with one decimal, or bits per byte with four."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}" if column.unit == "%" else f"{value:.4f}"
-
-
-def signed(value: float | None, column: Column) -> str:
-    """A difference in the same unit, with its sign."""
-    if value is None:
-        return "–"
-    return f"{100 * value:+.1f}" if column.unit == "%" else f"{value:+.4f}"
-
-
-def interval(low: float | None, high: float | None, column: Column, with_sign: bool = False) -> str:
-    """[low, high], or nothing where no interval can be given."""
-    if low is None or high is None:
-        return ""
-    show = signed if with_sign else number
-    return f"[{show(low, column)}, {show(high, column)}]"
 
 
 def score_text(cell: Cell, column: Column) -> str:
@@ -148,16 +127,8 @@ def terminal(report: Report) -> RenderableType:
     if shown:
         lines.append("smallest gain that these items show with 80 % power: " + "; ".join(shown))
     lines += [f"not measured: {text}" for text in reasons(report)]
+    lines += lines_formats.plain(report)
     return Group(table, *(Text(line) for line in lines))
-
-
-def _escape(text: str) -> str:
-    """Text inside a Markdown table; names may hold anything."""
-    for mark in ("\\", "|", "<", ">", "`", "*", "_", "[", "]"):
-        text = text.replace(
-            mark, "\\" + mark if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark]
-        )
-    return text.replace("\n", " ")
 
 
 FAILURES = {
@@ -226,8 +197,10 @@ def markdown(report: Report) -> str:
     if shown:
         lines.append(f"- smallest gain shown with 80 % power: {_escape('; '.join(shown))}")
     lines += [f"- not measured: {_escape(text)}" for text in reasons(report)]
+    lines += lines_formats.markdown(report)
     lines += _published(report)
     lines += health(report)
+    lines += costs.markdown(report)
     lines += ["", "## Rows", ""]
     lines += [f"- {_escape(row['name'])}: {_escape(row['summary'])}" for row in report.rows]
     lines += ["", "## Signatures", ""]
@@ -289,4 +262,6 @@ def comma_separated(report: Report) -> str:
 FORMATS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "markdown": ("report.md", markdown),
     "csv": ("report.csv", comma_separated),
+    "lines": ("lines.csv", lines_formats.comma_separated),
+    "costs": ("costs.csv", costs.comma_separated),
 }

@@ -12,13 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reports import formats, items, making_panels, score_panels, trust_panels
+from reports import (
+    formats,
+    items,
+    making_panels,
+    reference_panels,
+    score_panels,
+    trust_panels,
+)
 from reports.panels import Draw, Panel
 from reports.table import Report
 from reports.untrusted import plain, script_json
 
 PANELS: Mapping[str, Draw] = {
     **score_panels.PANELS,
+    **reference_panels.PANELS,
     **trust_panels.PANELS,
     **items.PANELS,
     **making_panels.PANELS,

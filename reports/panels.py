@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reports.formats import number
+from reports.lines import Line
 from reports.table import Column, Report
+from reports.text import number
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +92,13 @@ def count(value: float | None, digits: int = 0, signature: str = "") -> Value:
 def score(value: float | None, column: Column, **how: Any) -> Value:
     """A place that holds a score as its column gives it."""
     return MISSING if value is None else Value(number(value, column), order=value, **how)
+
+
+def share(line: Line) -> tuple[Value, Value, Value]:
+    """A fraction as percent, its interval, and of how many; dashes where there is none."""
+    if line.value is None:
+        return Value("–", tone="words gap", note=line.reason), MISSING, MISSING
+    span = MISSING
+    if line.low is not None and line.high is not None:
+        span = Value(f"[{100 * line.low:.1f}, {100 * line.high:.1f}]", line.low)
+    return Value(f"{100 * line.value:.1f}", line.value), span, count(line.n)

@@ -9,16 +9,14 @@ from reports.formats import (
     SIGN,
     gain_text,
     heading,
-    interval,
-    number,
     partial_text,
     power,
     reasons,
     score_text,
-    signed,
 )
 from reports.panels import MISSING, Draw, Figure, Panel, Table, Value, count, score, words
 from reports.table import Cell, Column, Report, TaskScore
+from reports.text import interval, number, signed
 
 STEPS = (0.025, 0.05, 0.10, 0.20)  # differences at which a cell of the heat map is tinted deeper
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reports.lines import Line, lines
 from reports.records import Run, read_json, read_primary
 from reports.signature import differences, signature
 
@@ -110,6 +111,8 @@ class Report:
     overrides: tuple[str, ...]
     home: Path
     published: tuple[dict[str, Any], ...] = ()  # what papers printed for rows of this report
+    lines: tuple[Line, ...] = ()  # reference lines
+    domains: dict[str, Any] | None = None  # a paper's table of bits per byte by domain
     extra: dict[str, Any] = field(default_factory=dict)  # what else harness gathered, by panel
 
     def cell(self, row: str, suite: str) -> Cell:
@@ -153,6 +156,8 @@ def read(index: Path) -> Report:
         overrides=tuple(content.get("overrides", ())),
         home=home,
         published=tuple(content.get("published", ())),
+        lines=lines(content, opened),
+        domains=content.get("domains"),
         extra=content.get("extra", {}),
     )
 

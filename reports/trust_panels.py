@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from reports.calibration import Verdict, calibrate
-from reports.formats import FAILURES, interval, signed
+from reports.formats import FAILURES
 from reports.panels import MISSING, Draw, Panel, Table, Value, count, words
 from reports.table import Cell, Report
+from reports.text import interval, signed
 
 
 def published(report: Report) -> Panel | None:

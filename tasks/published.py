@@ -174,3 +174,30 @@ PUBLISHED = {
     "multipl_e@fusellm": _MULTIPL_E,
     "generation@fusellm": _GENERATION,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Domains:
+    """A table of rows by domain that holds no scores: printed numbers, in the order of columns."""
+
+    source: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[float, ...]]
+    unlike: str
+
+
+# Called perplexity; below 1 it can only be bits or nats a byte.
+DOMAINS = Domains(
+    f"{_PAPER}, table 7",
+    ("Phil", "NIH", "USPTO", "average"),
+    {
+        "Pythia": (0.9008, 0.6740, 0.6077, 0.7275),
+        "Phil": (0.8397, 0.6861, 0.6228, 0.7162),
+        "NIH": (0.9248, 0.6215, 0.6278, 0.7247),
+        "USPTO": (0.9296, 0.6872, 0.6017, 0.7395),
+        "Ensemble": (0.8960, 0.6647, 0.6180, 0.7262),
+        "Weight Merging": (0.8786, 0.6496, 0.6054, 0.7112),
+        "FuseLLM": (0.8463, 0.6569, 0.6068, 0.7034),
+    },
+    "Pythia-1B on other text, a unit that the paper calls perplexity",
+)

@@ -54,7 +54,16 @@ def test_from_yaml_to_report(finished: Path) -> None:
     drawn = re.findall(r'<svg role="img" aria-label="(.*?) ', page)
     assert drawn.count("Gains") == differ
     assert drawn.count("Training:") == 3  # losses, and coverage
-    for panel in ("items", "health", "contamination", "wins", "quality", "costs", "provenance"):
+    for panel in (
+        "items",
+        "health",
+        "contamination",
+        "references",
+        "wins",
+        "quality",
+        "costs",
+        "provenance",
+    ):
         assert f'<section id="{panel}"' in page
     data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])["items"]
     asked = {data["texts"][i["asked"][0]] for s in data["suites"] for i in s["items"]}

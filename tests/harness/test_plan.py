@@ -74,6 +74,26 @@ def test_what_each_field_renames(home: Path, override: str, rows: set[str]) -> N
     assert changed(home, override) == rows
 
 
+def test_a_budget_is_what_it_counts_and_not_whose_it_is(home: Path) -> None:
+    text = TEXT.replace(
+        "  merged:",
+        "  equal: {train: {init: a, budget: fused}}\n  one: {train: {init: a}}\n  merged:",
+    )
+    before = planned(home, text=text).identities
+    assert before["equal"] != before["one"] == before["clm"]
+    cheap = "variants.fused.train.fuse.clm_weight=0.8"
+    assert planned(home, cheap, text=text).identities["equal"] == before["equal"]
+    for dear in ("variants.fused.train.fuse.sources=[a]", "variants.fused.train.epochs=2"):
+        assert planned(home, dear, text=text).identities["equal"] != before["equal"]
+
+
+def test_domains_are_another_corpus_and_their_order_is_not(home: Path) -> None:
+    given = "variants.clm.train.domains="
+    assert changed(home, given + "[town]") == {"clm", "merged"}
+    one, two = (planned(home, given + d).identities["clm"] for d in ("[a, b]", "[b, a]"))
+    assert one == two
+
+
 def test_key_order_does_not_matter() -> None:
     assert identity({"a": 1, "b": [1, 2]}) == identity({"b": [1, 2], "a": 1})
     assert identity({"a": 1}) != identity({"a": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -176,3 +177,25 @@ def test_a_text_that_is_no_mapping(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(RecipeError, match="UTF-8"):
         load(str(tmp_path / "x.yaml"))
+
+
+EQUAL = GOOD.replace("  merged:", "  equal: {train: {init: a, budget: fused}}\n  merged:")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("budget: fused", "budget: fuse", r"variants\.equal\.train\.budget +'fuse' is no row"),
+        ("budget: fused", "budget: merged", "'merged' is not trained: it has no FLOPs"),
+        ("budget: fused", "budget: a", "'a' is not trained: it has no FLOPs"),
+        ("budget: fused", "budget: equal", "variants.equal +needs itself"),
+        ("budget: fused", "budget: fused, epochs: 2", "epochs +the budget decides"),
+        ("init: a, fuse:", "init: a, budget: clm, fuse:", "only plain training takes a budget"),
+        ("init: a, fuse:", "init: a, budget: clm, fuse:", "'fused' has a budget itself"),
+        ("budget: fused", "domains: []", "at least 1 item"),
+    ],
+)
+def test_a_budget_names_another_trained_row(old: str, new: str, expected: str) -> None:
+    assert parse(EQUAL, "r.yaml").variants["equal"].train
+    assert old in EQUAL
+    assert re.search(expected, problems(EQUAL.replace(old, new)))

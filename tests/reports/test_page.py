@@ -83,21 +83,21 @@ def made_up(
                 "partial": False, "dtype": "float32", "lm_eval": "0.4.13", "tasks": listed,
                 "health": {"truncated": place, "unextracted": 0, "tie": 0, "infra": 0},
                 "engine": {"name": "kfuse", "torch": "2.0"},
-                "cost": {"seconds": 1.5, "tokens": 1000},
+                "cost": {"seconds": 1.5, "tokens": 1000, "flops_per_token": 1e9 * (place + 1)},
             }  # fmt: skip
             (folder / "manifest.json").write_text(json.dumps(manifest))
             index["cells"][row][suite] = {"run": str(folder.relative_to(home))}
     for place, row in enumerate(rows):
         index["rows"].append(
             {"name": row, "kind": "train", "summary": f"how {row} is made", "identity": "x"}
-            | {"folder": None, "cost": {"seconds": 1}, "training_log": "training.csv"}
-            | {"captures": [], "parameters": 1000 * (place + 1), "forwards": 1}
+            | {"folder": None, "training_log": "training.csv", "target": rows[0]}
+            | {"sources": rows[:2] if place > 1 else [], "won": {"one: two": 3, rows[1]: 1}}
+            | {"stages": [{"stage": "train", "name": row, "shared_by": 1, "cost": {"seconds": 9}}]}
         )
     (home / "training.csv").write_text(
         "step,tokens,clm,fusion,coverage\n1,10,3.0,0.5,0.9\n2,20,2.5,0.4,0.9\n"
     )
     overlap = {"items": 40, "short": 10, "found": 3, "corpus_words": 1000, "n": 13}
-    shares = {"shares": [0.75, 0.25], "bits_per_byte": [1.0, 1.2], "blocks": 4, "of": 8}
     index |= {
         "recipe": f"demo{hostile}",
         "recipe_yaml": hostile or "sources: {}",
@@ -107,7 +107,6 @@ def made_up(
         "extra": {
             "prompts": prompts,
             "contamination": [{"suite": next(iter(suites))} | overlap],
-            "wins": {rows[-1]: {"sources": rows[:2]} | shares},
             "resolved": "everything: true",
             "seed": 17,
         },
@@ -154,8 +153,8 @@ def test_every_panel_with_something_to_show_is_there_and_no_other(
 ) -> None:
     shown = drawn
     assert list(shown) == [
-        "scores", "gains", "bbh", "languages", "tasks", "health", "contamination", "items",
-        "training", "wins", "quality", "costs", "provenance",
+        "scores", "gains", "bbh", "languages", "tasks", "references", "health", "contamination",
+        "items", "training", "wins", "quality", "costs", "provenance",
     ]  # fmt: skip
     assert all(table.rows for panel in shown.values() for table in panel.tables)
     for panel in shown.values():
@@ -171,11 +170,29 @@ def test_a_report_without_runs_has_no_empty_panel(tmp_path: Path) -> None:
     }
     content["extra"] = {}
     for row in content["rows"]:
-        row |= {"training_log": None, "cost": None}
+        row |= {"training_log": None, "stages": [], "won": None}
     path.write_text(json.dumps(content))
     report = read(path)
     assert list(panels(report)) == ["scores", "provenance"]
     assert "not built: no corpus" in page(report)
+
+
+def test_sources_reference_lines_and_costs_are_those_of_the_report(
+    report: Report, drawn: dict[str, Panel]
+) -> None:
+    won = drawn["wins"].tables[0].rows
+    assert [value.text for value in won[0]][:3] == ["base", "one: two", "75.0"]
+    lines = {(x.suite, x.row, x.name): x for x in report.lines}
+    of_rows = drawn["references"].tables[1].rows
+    assert of_rows
+    for row, suite, name, shown, *_ in of_rows:
+        line = lines[suite.text, row.text, name.text]
+        assert shown.text == ("–" if line.value is None else f"{100 * line.value:.1f}")
+        assert shown.order == line.value
+    stages = {(row[0].text, row[1].text): row for row in drawn["costs"].tables[0].rows}
+    train = stages["one", "train"]
+    assert [value.text for value in train[2:]] == ["9 s", "–", "–", "–", "–", "–", "–"]
+    assert stages["one", "evaluate commonsense"][6].text == "1 k"
 
 
 def test_heat_and_languages_show_differences_to_the_reference(drawn: dict[str, Panel]) -> None:

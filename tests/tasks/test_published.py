@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.published import LLAMA2, MODELS, PUBLISHED, Published
+from tasks.published import DOMAINS, LLAMA2, MODELS, PUBLISHED, Published
 from tasks.suite import known_suites, load_suite
 
 
@@ -32,3 +32,10 @@ def test_values_are_fractions_by_model() -> None:
     assert found["kfuse_boolq"] == pytest.approx(0.7771)
     assert found["average"] == pytest.approx(0.6376)
     assert PUBLISHED["commonsense@fusellm"].of("someone/else") == {}
+
+
+def test_the_domains_average_to_what_is_printed() -> None:
+    for name, (*domains, printed) in DOMAINS.rows.items():
+        assert printed == pytest.approx(sum(domains) / 3, abs=1.01e-4), name
+    assert len(DOMAINS.columns) == 4
+    assert min(DOMAINS.rows, key=lambda row: DOMAINS.rows[row][-1]) == "FuseLLM"

@@ -1,0 +1,217 @@
+"""What a stage costs: time, memory and bytes as measured, FLOPs and tokens as counted.
+
+Counts depend on models and texts alone (`fusion.flops`), so a budget taken from them is the same
+on every machine. What cannot be counted is null in a manifest, never 0: fetching, packing and maps
+compute nothing to speak of; a merge's arithmetic is a few operations an element.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.spec import Train
+from harness.steps import Plan, Step, root
+
+if TYPE_CHECKING:
+    from fusion.flops import FlopCounter
+
+
+class Meter:
+    """Wall, CPU and GPU seconds and peak memory from now on.
+
+    cpu_seconds: of this process and its finished children, all threads. gpu_seconds: wall time
+    times the GPUs held, as GPU hours are counted; 0 where none is. peak_memory_bytes: resident
+    memory of the largest process. An interrupted run's share is not known.
+    """
+
+    def __init__(self, gpus: int = 0) -> None:
+        self.gpus = gpus
+        self.wall, self.cpu = time.monotonic(), _cpu_seconds()
+        _forget_peak()
+        self.children = _children_peak()
+        if gpus:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+
+    def cost(self) -> dict[str, Any]:
+        """What has been spent since the beginning."""
+        wall = time.monotonic() - self.wall
+        children = _children_peak()
+        peak = max(peak_memory(), children if children > self.children else 0)
+        out = {
+            "seconds": round(wall, 3),
+            "cpu_seconds": round(_cpu_seconds() - self.cpu, 3),
+            "gpu_seconds": round(wall * self.gpus, 3),
+            "peak_memory_bytes": peak,
+        }
+        if self.gpus:
+            import torch
+
+            out["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        return out
+
+
+def _cpu_seconds() -> float:
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def _forget_peak() -> None:
+    """Let the kernel begin a new peak (Linux); elsewhere the peak is that of the process so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory() -> int:
+    """This process' largest resident memory in bytes, since the kernel last forgot it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return _bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _children_peak() -> int:
+    return _bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def _bytes(maxrss: int) -> int:
+    return maxrss if sys.platform == "darwin" else maxrss * 1024
+
+
+@contextmanager
+def counting(lm: Any) -> Iterator[list[FlopCounter]]:
+    """A counter for the model of an lm-eval model, or for each of an ensemble's members.
+
+    None for a member that is no model of this process.
+    """
+    from fusion.flops import FlopCounter
+
+    members: list[Any] = [getattr(member, "model", None) for member in getattr(lm, "members", [lm])]
+    counters = [FlopCounter(model) for model in members if hasattr(model, "base_model")]
+    try:
+        yield counters
+    finally:
+        for counter in counters:
+            counter.remove()
+
+
+def spent_on(counters: Sequence[FlopCounter], before: int) -> dict[str, int | None]:
+    """FLOPs since they were `before`, and of one more token: an ensemble's are its members' sum."""
+    if not counters:
+        return {"flops": None, "flops_per_token": None}
+    return {
+        "flops": sum(counter.flops for counter in counters) - before,
+        "flops_per_token": sum(counter.size.per_token for counter in counters),
+    }
+
+
+def gpus(counters: Sequence[FlopCounter]) -> int:
+    """The GPUs that the models are on."""
+    return len({str(c.device) for c in counters if c.device.type == "cuda"})
+
+
+def written(folder: Path) -> int:
+    """Bytes of the files that a folder holds, less the manifest that says so."""
+    files = (f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
+    return sum(f.stat().st_size for f in files)
+
+
+def counted(plan: Plan, step: Step) -> dict[str, Any]:
+    """FLOPs and tokens of a finished step; null where nothing is counted."""
+    if step.kind == "capture":
+        from fusion.distributions import open_store
+        from fusion.flops import forward
+
+        rows = [entry["positions"] for entry in open_store(step.folder).index]
+        return {"flops": forward(_size(plan, step.content["row"]), rows), "tokens": sum(rows)}
+    if step.kind == "train":
+        train = plan.recipe.variants[step.rows[0]].train
+        assert train
+        return _trained(plan, step, train)
+    return {"flops": None, "tokens": step.tokens}
+
+
+def _trained(plan: Plan, step: Step, train: Train) -> dict[str, Any]:
+    from fusion.flops import forward, of_steps, training
+
+    blocks = _blocks(plan, step.content["corpus"])
+    lengths = [sum(len(piece.ids) for piece in block) for block in blocks]
+    own = _size(plan, train.init)
+    each = [training(own, [length]) for length in lengths]
+    if train.budget:
+        steps, _ = budget(plan, step)
+        flops, tokens = (of_steps(c, train.batch_blocks, steps) for c in (each, lengths))
+    else:
+        flops, tokens = train.epochs * sum(each), train.epochs * sum(lengths)
+    if train.fuse and train.fuse.online:
+        flops += train.epochs * sum(
+            forward(_size(plan, row), source_lengths(plan, row, blocks))
+            for row in train.fuse.sources
+        )
+    return {"flops": flops, "tokens": tokens}
+
+
+def budget(plan: Plan, step: Step) -> tuple[int, int]:
+    """Optimizer steps that bring a row to its budget, and the budget in FLOPs.
+
+    The budget is what the other row takes: its training, and one reading of its blocks by each of
+    its sources, whoever else may have paid for those. The steps go on over the row's own blocks in
+    their order, the learning rate's schedule stretched over all of them, so that text and order are
+    those of every other row and only the compute differs. The last step may overshoot.
+
+    Relative to the paper (FuseLLM 2401.10491, Tables 1 to 3): its CLM row has the fused row's
+    tokens, so less compute by what the sources took.
+    """
+    from fusion.flops import forward, steps_within, training
+
+    section = plan.recipe.variants[step.rows[0]].train
+    assert section
+    assert section.budget
+    rival = plan.recipe.variants[section.budget].train
+    assert rival
+    blocks = _blocks(plan, step.content["budget"]["corpus"])
+    lengths = [sum(len(piece.ids) for piece in block) for block in blocks]
+    total = rival.epochs * training(_size(plan, rival.init), lengths)
+    for row in rival.fuse.sources if rival.fuse else ():
+        total += forward(_size(plan, row), source_lengths(plan, row, blocks))
+    own = _size(plan, section.init)
+    each = [
+        training(own, [sum(len(piece.ids) for piece in block)])
+        for block in _blocks(plan, step.content["corpus"])
+    ]
+    return steps_within(each, section.batch_blocks, total), total
+
+
+def source_lengths(plan: Plan, row: str, blocks: Sequence[Sequence[Any]]) -> list[int]:
+    """Tokens of each block as a source cuts it."""
+    from fusion.corpus import read_piece
+    from fusion.models import load_tokenizer
+    from harness.build import model_folder
+
+    tokenizer = load_tokenizer(model_folder(plan, root(plan.recipe, row)))
+    return [sum(len(read_piece(tokenizer, piece)[0]) for piece in block) for block in blocks]
+
+
+def _blocks(plan: Plan, corpus: str) -> list[list[Any]]:
+    from fusion.corpus import read_blocks
+
+    return read_blocks(plan.steps[corpus].folder / "blocks.parquet")
+
+
+def _size(plan: Plan, row: str) -> Any:
+    from fusion.flops import size
+    from fusion.models import skeleton
+    from harness.build import model_folder
+
+    return size(skeleton(model_folder(plan, root(plan.recipe, row))))

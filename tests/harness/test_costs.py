@@ -1,0 +1,181 @@
+"""The cost ledger on tiny models, and training that comes to another row's FLOPs."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusion.corpus import read_blocks, text_bytes
+from fusion.distributions import open_store
+from fusion.flops import forward, size, training
+from fusion.measures import bits_per_byte
+from fusion.models import load_model
+from harness.build import build
+from harness.costs import Meter, source_lengths
+from harness.measuring import measure_rows
+from harness.plan import Plan, plan
+from harness.recipe import parse
+from harness.store import read_manifest
+
+RECIPE = """
+sources:
+  llama: {path: "tiny:llama"}
+  gemma: {path: "tiny:gemma"}
+corpus: {path: "tiny:corpus", blocks: 64, tokens: 320}
+variants:
+  fused: {train: {init: llama, batch_blocks: 2, fuse: {sources: [llama, gemma], function: min_ce,
+    clm_weight: 0.9}}}
+  equal: {train: {init: llama, batch_blocks: 2, budget: fused}}
+  town: {train: {init: llama, domains: [town]}}
+  merged: {merge: {inputs: [fused, equal], method: linear}}
+  pack: {ensemble: {members: [llama, gemma], rule: top1}}
+evaluate: {suites: [tiny_choice], limit: 4}
+reference: equal
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    made = plan(parse(RECIPE, "r"), tmp_path_factory.mktemp("home"))
+    assert build(made, ["merged", "town"]) == {}
+    return made
+
+
+def manifest(built: Plan, row: str) -> dict[str, Any]:
+    folder = built.folders[row]
+    assert folder
+    found = read_manifest(folder)
+    assert found
+    return found
+
+
+def steps(built: Plan, kind: str) -> list[Any]:
+    return [step for step in built.steps.values() if step.kind == kind]
+
+
+def test_every_stage_says_what_it_cost(built: Plan) -> None:
+    for step in built.builds():
+        found = read_manifest(step.folder)
+        assert found
+        cost = found["cost"]
+        assert cost["seconds"] > 0
+        assert cost["cpu_seconds"] >= 0
+        assert cost["gpu_seconds"] == 0
+        assert 20_000_000 < cost["peak_memory_bytes"] < 24 << 30
+        # The manifest itself comes after the sum, and is none of it.
+        inside = [f for f in step.folder.rglob("*") if f.is_file() and f.name != "manifest.json"]
+        assert cost["bytes"] == sum(f.stat().st_size for f in inside) > 0
+        if step.kind in ("capture", "train"):
+            assert cost["flops"] > cost["tokens"] > 0
+        else:
+            assert cost["flops"] is None
+
+
+def test_a_capture_costs_what_the_source_reads(built: Plan) -> None:
+    for step in steps(built, "capture"):
+        rows = [entry["positions"] for entry in open_store(step.folder).index]
+        blocks = read_blocks(built.steps[step.content["corpus"]].folder / "blocks.parquet")
+        assert source_lengths(built, step.content["row"], blocks) == rows
+        folder = built.folders[step.content["row"]]
+        assert folder
+        found = read_manifest(step.folder)
+        assert found
+        assert found["cost"]["flops"] == forward(size(load_model(folder)), rows)
+
+
+def test_an_equal_budget_is_reached_within_a_step(built: Plan) -> None:
+    fused, equal = manifest(built, "fused"), manifest(built, "equal")
+    paid = fused["cost"]["flops"]
+    for step in steps(built, "capture"):
+        found = read_manifest(step.folder)
+        assert found
+        paid += found["cost"]["flops"]
+    assert equal["facts"]["budget_flops"] == paid
+    folder = built.folders["llama"]
+    assert folder
+    most = training(size(load_model(folder)), [64, 64])
+    assert paid <= equal["cost"]["flops"] < paid + most
+    assert equal["facts"]["steps"] > fused["facts"]["steps"]
+    log = built.folders["equal"]
+    assert log
+    with (log / "training.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == equal["facts"]["steps"]
+    # The schedule is stretched over all steps: it does not start anew with a second pass.
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.1 * rates[0]
+
+
+def test_the_blocks_that_each_source_won(built: Plan) -> None:
+    content = built.steps[built.identities["fused"]].content
+    blocks = read_blocks(built.steps[content["corpus"]].folder / "blocks.parquet")
+    stores = [open_store(built.steps[key].folder) for key in content["fuse"]["sources"]]
+    best = [
+        int(np.argmin(bits_per_byte([store.read(n, b) for store in stores], b)))
+        for n, b in enumerate(blocks)
+    ]
+    assert manifest(built, "fused")["facts"]["won"] == {
+        "llama": best.count(0),
+        "gemma": best.count(1),
+    }
+    assert "won" not in manifest(built, "equal")["facts"]
+
+
+def test_a_fused_row_costs_one_forward_and_an_ensemble_all_of_them(built: Plan) -> None:
+    rows = ["llama", "gemma", "fused", "pack"]
+    assert build(built, ["pack"]) == {}
+    todo = {row: [s for s in built.evaluations(row) if s.name == "tiny_choice"] for row in rows}
+    assert measure_rows(built, todo) == {}
+    costs = {}
+    for row, (step,) in todo.items():
+        found = read_manifest(step.folder)
+        assert found
+        costs[row] = found["cost"]
+        inside = [f for f in step.folder.iterdir() if f.name != "manifest.json"]
+        assert costs[row]["bytes"] == sum(f.stat().st_size for f in inside)
+        assert costs[row]["cpu_seconds"] > 0
+    token = {row: cost["flops_per_token"] for row, cost in costs.items()}
+    assert token["fused"] == token["llama"]
+    assert token["pack"] == token["llama"] + token["gemma"]
+    assert costs["fused"]["flops"] == costs["llama"]["flops"]
+    for row in ("llama", "gemma"):
+        folder = built.folders[row]
+        assert folder
+        model = size(load_model(folder))
+        assert costs[row]["flops"] > 2 * model.body * costs[row]["tokens"]
+
+
+def test_a_domain_is_trained_on_alone(built: Plan) -> None:
+    content = built.steps[built.identities["town"]].content
+    blocks = read_blocks(built.steps[content["corpus"]].folder / "blocks.parquet")
+    assert {piece.domain for block in blocks for piece in block} == {"town"}
+    assert text_bytes(blocks) > 0
+    assert "town" in built.summaries["town"]
+
+
+def test_an_unknown_domain_lists_those_there_are(home: Path) -> None:
+    made = plan(parse(RECIPE, "r", ["variants.town.train.domains=[city]"]), home)
+    reasons = build(made, ["town"])
+    assert "no document of domain city; its domains: town, village" in reasons["town"]
+
+
+def test_a_meter_sees_time_work_and_a_peak_that_has_passed() -> None:
+    meter = Meter()
+    before = meter.cost()
+    block = np.ones(1 << 25)  # 256 MiB, gone before the end
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        block[::4096].sum()
+    del block
+    after = meter.cost()
+    assert after["cpu_seconds"] >= 0.2
+    assert after["seconds"] >= 0.2
+    assert after["peak_memory_bytes"] - before["peak_memory_bytes"] > 200 << 20
+    # A new one begins with a new peak.
+    assert Meter().cost()["peak_memory_bytes"] < after["peak_memory_bytes"] - (100 << 20)
