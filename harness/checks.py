@@ -200,6 +200,14 @@ def suites(raw: Mapping) -> Problems:
             yield f"evaluate.limit.{suite}", f"{count} is not right; should be at least 1"
     if isinstance(limit, int) and limit < 1:
         yield "evaluate.limit", f"{limit} is not right; should be at least 1"
+    margin = evaluate.get("margin")
+    named = margin if isinstance(margin, dict) else {"": margin}
+    for suite, value in named.items():
+        where = f"evaluate.margin.{suite}".rstrip(".")
+        if suite and suite not in suites:
+            yield where, f"not among evaluate.suites: {', '.join(map(str, suites))}"
+        elif isinstance(value, (int, float)) and not value > 0:
+            yield where, f"{value} is not right; should be greater than 0"
 
 
 def close(word: str, known: Sequence[str]) -> str:

@@ -69,6 +69,23 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    only: Only = None,
+    limit: Limit = None,
+    data: Data = None,
+) -> None:
+    """Before any compute: what each suite can show, and tokens, FLOPs, time, disk and memory.
+
+    Exit 1 if it cannot fit on this machine. Models that are not here yet are not counted.
+    """
+    from harness.run import foresee
+
+    print(foresee(recipe, _with(overrides, limit, data), only or []))
+
+
+@app.command()
 def build(
     recipe: RecipeName, overrides: Overrides = None, only: Only = None, dry_run: DryRun = False
 ) -> None:
@@ -91,9 +108,33 @@ def evaluate(
 
 @app.command()
 def report(
-    recipe: RecipeName, overrides: Overrides = None, limit: Limit = None, data: Data = None
+    recipe: Annotated[
+        str, typer.Argument(help="a recipe, or folders: runs, folders of runs, reports")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="overrides of a recipe, or further folders")
+    ] = None,
+    limit: Limit = None,
+    data: Data = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="of folders: the row that gains are against")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="of folders: what the report is called")
+    ] = "runs",
 ) -> None:
-    """Only report, from what is built and measured."""
+    """Only report, from what is built and measured: a recipe's rows, or any finished runs."""
+    from harness.verdicts import holds_runs, report_runs
+
+    paths = [Path(part) for part in [recipe, *(overrides or [])]]
+    if holds_runs(paths[0]):
+        report_runs(paths, reference, name)
+        return
+    if reference or name != "runs":
+        raise RecipeError(
+            f"--reference and --name belong to folders of runs; {recipe} holds none, and a recipe "
+            "says `reference:` itself"
+        )
     _carry_out(recipe, _with(overrides, limit, data), stages=("report",))
 
 
@@ -137,11 +178,17 @@ def compare(
     report: ReportName = None,
     items: Annotated[int, typer.Option(min=0, help="differing items to show a suite")] = 20,
     csv: Annotated[Path | None, typer.Option(help="write all differing items here")] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, help="a gain whose interval is within this (0.01: a point) is equivalent"
+        ),
+    ] = None,
 ) -> None:
     """Two rows item by item: gains with intervals, and the items where the rows differ."""
     from harness.verdicts import compare as show
 
-    print(show(base, candidate, report, items, csv))
+    print(show(base, candidate, report, items, csv, margin))
 
 
 @app.command()
@@ -167,16 +214,22 @@ def gate(
 def leaderboard(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="runs, folders of runs, reports, or result files of lm-eval"),
+        typer.Argument(
+            help="runs, folders of runs, reports, lm-eval's result files (.json), or tables of "
+            "published scores (.csv with row, suite, score, source)"
+        ),
     ],
     form: Annotated[
         str, typer.Option("--format", help="markdown, csv, latex or json")
     ] = "markdown",
+    published: Annotated[
+        bool, typer.Option("--published", help="also what papers printed of these suites")
+    ] = False,
 ) -> None:
     """Rank rows suite by suite, with what the ranks are worth."""
     from harness.verdicts import leaderboard as rank
 
-    print(rank(runs, form), end="")
+    print(rank(runs, form, published), end="")
 
 
 @app.command(name="inspect-alignment")

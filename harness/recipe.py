@@ -33,6 +33,11 @@ class Evaluate(Section):
     limit: int | dict[str, int] | None = Field(
         None, description="questions a suite (or by suite): a seeded sample, stratified by task"
     )
+    margin: float | dict[str, float] | None = operational(
+        None,
+        "a gain whose whole interval is within ±margin is called equivalent; a fraction (0.01 is a "
+        "point) or bits, one for all suites or by suite",
+    )
     dtype: Dtype = Field("float32", description="of the models when they are measured")
     data: str | None = operational(
         None, "folder with the questions; what they hold counts, not where they lie"
@@ -57,6 +62,11 @@ class Recipe(Section):
     def rows(self) -> list[str]:
         """Sources, then variants, in the file's order."""
         return [*self.sources, *self.variants]
+
+    def margin(self, suite: str) -> float | None:
+        """The difference on a suite that does not matter; None if the recipe names none."""
+        margin = self.evaluate.margin
+        return margin.get(suite) if isinstance(margin, dict) else margin
 
     def limit(self, suite: str) -> int | None:
         """How many questions of a suite are measured; None is all."""

@@ -43,7 +43,10 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
         "reference": recipe.reference,
         "seed": recipe.seed,
         "rows": [_row(plan, row) for row in recipe.rows],
-        "suites": [_suite(plan, name, runs) for name in recipe.evaluate.suites],
+        "suites": [
+            _suite(plan, name, runs) | {"margin": recipe.margin(name)}
+            for name in recipe.evaluate.suites
+        ],
         "cells": cells,
         "published": _published(plan),
         "extra": _extra(plan, loaded, list(runs.values())),
@@ -154,6 +157,7 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         "kind": kind,
         "summary": plan.summaries[row],
         "identity": plan.identities[row],
+        "trained": _trained(plan, row),
         "folder": _relative(plan, folder),
         "cost": _cost(folder) if folder else None,
         "training_log": _relative(plan, log) if log and log.exists() else None,
@@ -192,6 +196,15 @@ def _target(plan: Plan, row: str) -> str | None:
     """The given LLM whose weights a row began as; an ensemble has none."""
     begun = root(plan.recipe, row)
     return begun if begun in plan.recipe.sources else None
+
+
+def _trained(plan: Plan, row: str) -> str | None:
+    """What a trained row's seeds have in common: a hash of its training but for the seed."""
+    variant = plan.recipe.variants.get(row)
+    if variant is None or variant.train is None:
+        return None
+    content = plan.steps[plan.identities[row]].content
+    return identity({key: value for key, value in content.items() if key != "seed"})[:12]
 
 
 def _relative(plan: Plan, path: Path | None) -> str | None:

@@ -41,7 +41,7 @@ def run(
         from harness.report import write
 
         index, files = write(planned, loaded, reasons)
-        _show(index, files)
+        show(index, files)
         if not waiting:
             seconds = time.monotonic() - started
             say(f"nothing to do: all is built and measured ({seconds:.1f} s)")
@@ -134,6 +134,22 @@ def rescore(reference: str, overrides: Sequence[str] = (), only: Sequence[str] =
     return code
 
 
+def foresee(reference: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> str:
+    """What a recipe still takes and what it can show. RunError if it cannot fit here."""
+    from harness.forecast import forecast
+    from harness.forecast_table import table
+
+    loaded = load(reference, overrides)
+    planned = plan(loaded.recipe, home())
+    waiting = pending(planned, _rows(loaded, only), ALL)
+    if not waiting:
+        return f"{loaded.name}: all is built and measured; nothing is left to be done"
+    found = forecast(planned, waiting)
+    if found.refusals:
+        raise RunError("\n".join([table(found), "cannot fit:", *found.refusals]))
+    return table(found)
+
+
 def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
     """Rows × stages as a table: exists, will be built, will be measured; tokens and disk."""
     from rich.console import Console
@@ -184,7 +200,8 @@ def _model_state(planned: Plan, row: str) -> str:
     return "will be fetched" if step.kind == "fetch" else "will be built"
 
 
-def _show(index: Path, files: dict[str, Path]) -> None:
+def show(index: Path, files: dict[str, Path]) -> None:
+    """Print a report's table, and where its files are."""
     from rich.console import Console
 
     from reports.formats import terminal

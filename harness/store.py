@@ -84,7 +84,7 @@ def _commit() -> str | None:
 def world(error: OSError, path: Path) -> RunError:
     """An operating-system error as a sentence with a remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(_existing(path)).free / 2**30
+        free = shutil.disk_usage(existing(path)).free / 2**30
         return RunError(
             f"{path}: no space left ({free:.2f} GiB free); make room or set KFUSE_HOME to another "
             "disk, then run again: what is finished is kept"
@@ -94,7 +94,7 @@ def world(error: OSError, path: Path) -> RunError:
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
     """RunError if less than `needed` bytes are free where `folder` lies."""
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < needed:
         raise RunError(
             f"{folder}: {purpose} needs about {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
@@ -102,7 +102,8 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The nearest folder of a path that is there."""
     while not path.exists():
         path = path.parent
     return path

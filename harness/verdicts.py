@@ -1,17 +1,25 @@
-"""`kfuse compare`, `gate` and `leaderboard`: names to finished runs, the reports room's answer out.
+"""`kfuse compare`, `gate`, `leaderboard` and `report RUNS`: finished runs in, an answer out.
 
 What a user got wrong becomes one of the two errors here; the reports room itself knows neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import RecipeError, RunError
 from harness.gate_file import load
-from harness.store import home, write_text
+from harness.report import machine
+from harness.run import show
+from harness.store import home, identity, provenance, write_json, write_text
+
+if TYPE_CHECKING:
+    from reports.lm_eval_results import Imported
+    from reports.records import Run
 
 
 @contextmanager
@@ -26,14 +34,19 @@ def _readable() -> Iterator[None]:
 
 
 def compare(
-    base: str, candidate: str, report: str | None = None, items: int = 20, csv: Path | None = None
+    base: str,
+    candidate: str,
+    report: str | None = None,
+    items: int = 20,
+    csv: Path | None = None,
+    margin: float | None = None,
 ) -> str:
     """Two rows as Markdown; all items that differ go to `csv`. RunError says what does not fit."""
     from reports import compare_formats
     from reports.compare import compare_all, open_pairs
 
     with _readable():
-        found = compare_all(open_pairs(base, candidate, home(), report))
+        found = compare_all(open_pairs(base, candidate, home(), report), margin=margin)
     if csv:
         write_text(csv, compare_formats.comma_separated(found))
     return compare_formats.markdown(found, items)
@@ -70,12 +83,114 @@ def gate(
     return text, EXIT[result.outcome]
 
 
-def leaderboard(paths: Sequence[Path], form: str = "markdown") -> str:
-    """Runs, reports and result files of lm-eval as ranked tables; `form` is a key of FORMATS."""
+def holds_runs(path: Path) -> bool:
+    """Whether a path is a finished run, a folder of such, or a report."""
+    return path.is_dir() and bool(
+        (path / "manifest.json").is_file()
+        or (path / "index.json").is_file()
+        or next(path.glob("*/manifest.json"), None)
+    )
+
+
+def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None:
+    """Report runs without a recipe: rows are the runs' own, the first one is the reference.
+
+    RunError if a run cannot be read, or two runs claim one place; RecipeError for a reference that
+    is none of the rows.
+    """
+    from reports.compare import opened
+    from reports.leaderboard import find_runs, row_names
+    from reports.report import write
+
+    with _readable():
+        runs, imported = find_runs(paths)
+    if imported:
+        raise RecipeError("a report reads records; result files and tables are for `leaderboard`")
+    names = row_names(runs)
+    rows = list(dict.fromkeys(names))
+    if reference is not None and reference not in rows:
+        raise RecipeError(f"--reference {reference}: no such row; rows: {', '.join(rows)}")
+    suites = {str(run.manifest["suite"]): run.manifest for run in runs}
+    cells: dict[str, dict[str, dict[str, str]]] = {
+        row: {suite: {"reason": "not measured: no such run was given"} for suite in suites}
+        for row in rows
+    }
+    for row, run in zip(names, runs, strict=True):
+        suite = str(run.manifest["suite"])
+        taken = cells[row][suite].get("run")
+        if taken:
+            raise RunError(f"{row} on {suite}: two runs, {taken} and {run.folder}; give one")
+        cells[row][suite] = {"run": str(run.folder.resolve())}
+    path = home() / "reports" / f"{name}-{identity(cells)[:8]}" / "index.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, _index(name, reference or rows[0], runs, names, suites) | {"cells": cells})
+    with _readable():
+        show(path, opened(write, path))
+
+
+def _index(
+    name: str,
+    reference: str,
+    runs: Sequence[Run],
+    names: Sequence[str],
+    suites: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A report's index as far as runs know it: how rows were made is not in them."""
+    made = dict.fromkeys(("folder", "cost", "training_log"))
+    first = {row: runs[names.index(row)].manifest for row in dict.fromkeys(names)}
+    rows = [
+        {"name": row, "kind": "run", "identity": manifest["model_identity"], "captures": []}
+        | {"summary": f"model {str(manifest['model_identity'])[:8]}"}
+        | made
+        for row, manifest in first.items()
+    ]
+    listed = [
+        {"name": suite, "title": suite, "rule": m.get("rule", "macro"), "tasks": m["tasks"]}
+        for suite, m in suites.items()
+    ]
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {
+        "recipe": name,
+        "recipe_yaml": "".join(f"{run.folder}\n" for run in runs),
+        "overrides": [],
+        "reference": reference,
+        "seed": runs[0].manifest.get("seed"),
+        "rows": rows,
+        "suites": listed,
+        "facts": {"machine": machine(), "created": now, "seconds": 0} | provenance(),
+    }
+
+
+def leaderboard(paths: Sequence[Path], form: str = "markdown", published: bool = False) -> str:
+    """Runs, reports, result files of lm-eval and tables of scores ranked; `form`: of FORMATS.
+
+    published: also what papers printed of the suites that the runs measured.
+    """
     from reports.leaderboard import boards, find_runs
     from reports.leaderboard_formats import FORMATS
 
     if form not in FORMATS:
         raise RecipeError(f"--format {form}: unknown; known: {', '.join(FORMATS)}")
     with _readable():
-        return FORMATS[form](boards(*find_runs(paths)))
+        runs, imported = find_runs(paths)
+        if published:
+            suites = dict.fromkeys(str(run.manifest["suite"]) for run in runs)
+            imported.append([score for suite in suites for score in _printed(suite)])
+        return FORMATS[form](boards(runs, imported))
+
+
+def _printed(suite: str) -> list[Imported]:
+    """What a paper printed of a suite: each model's first average."""
+    from reports.lm_eval_results import Imported
+    from tasks.published import MODELS, PUBLISHED
+
+    table = PUBLISHED.get(suite)
+    if table is None or not table.averages:
+        return []
+    average = next(iter(table.averages))
+    origin = f"published: {table.paper}, {table.table}, {average}"
+    return [
+        Imported(model, suite, "score", "", table.of(model)[average], None,
+                 sum(table.items.values()) or None, None, "", True, origin)
+        for model in MODELS
+    ]  # fmt: skip

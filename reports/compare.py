@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from reports.gates import verdict
 from reports.records import Run, read_json, read_primary, read_samples
 from reports.signature import differences
 
@@ -54,13 +55,14 @@ class Difference:
     n: int
     error: float  # standard error of the gain if both were equally good; one item differs at least
     adjusted: float = 1.0  # Holm: over the tasks of the suite, and over the suites
+    margin: float | None = None  # what does not matter, if the caller says so
 
     @property
     def verdict(self) -> str:
-        """better, worse or inconclusive, at 5 % after Holm's correction."""
-        if self.adjusted >= 0.05 or self.gain == 0:
-            return "inconclusive"
-        return "better" if self.gain > 0 else "worse"
+        """better, worse or inconclusive at 5 % after Holm's correction; equivalent if the whole
+        interval is within the margin.
+        """
+        return verdict(self.gain, self.adjusted, self.low, self.high, self.margin)
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,23 @@ def adjusted(differences: Sequence[Difference]) -> tuple[Difference, ...]:
     return tuple(replace(d, adjusted=float(p)) for d, p in zip(differences, corrected, strict=True))
 
 
-def compare_all(pairs: Sequence[tuple[Run, Run]], level: float = LEVEL) -> list[Comparison]:
-    """Every suite of two rows, the suites' p-values corrected together."""
+def compare_all(
+    pairs: Sequence[tuple[Run, Run]], level: float = LEVEL, margin: float | None = None
+) -> list[Comparison]:
+    """Every suite of two rows, the suites' p-values corrected together.
+
+    margin: a gain whose whole interval is within ±margin is equivalent.
+    """
     found = [compare(base, candidate, level) for base, candidate in pairs]
     totals = adjusted([comparison.total for comparison in found])
-    return [replace(c, total=total) for c, total in zip(found, totals, strict=True)]
+    return [
+        replace(
+            one,
+            total=replace(total, margin=margin),
+            tasks=tuple(replace(task, margin=margin) for task in one.tasks),
+        )
+        for one, total in zip(found, totals, strict=True)
+    ]
 
 
 def _label(base: Run, candidate: Run) -> str:

@@ -55,6 +55,9 @@ def markdown(comparisons: Sequence[Comparison], items: int = 20) -> str:
     first = comparisons[0]
     lines = [f"# {shown(first.candidate)} against {shown(first.base)}", ""]
     lines.append(f"{SIGN}. Scores that are fractions are shown in percent.")
+    margin = first.total.margin
+    if margin is not None:
+        lines.append(f"Equivalent: the whole interval is within ±{margin:g} (a fraction, or bits).")
     for comparison in comparisons:
         kind = column(comparison)
         lines += ["", f"## {shown(comparison.suite)}", "", HEAD]

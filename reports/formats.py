@@ -57,7 +57,7 @@ def partial_text(report: Report, column: Column) -> str:
 
 def headline(report: Report) -> str:
     """The comparison in one sentence: what is better, what worse, what is open."""
-    found: dict[str, list[str]] = {"better": [], "worse": []}
+    found: dict[str, list[str]] = {"better": [], "worse": [], "equivalent": []}
     open_ones = 0
     for row in report.rows:
         for column in report.columns:
@@ -66,6 +66,8 @@ def headline(report: Report) -> str:
                 continue
             if gain.verdict == "inconclusive":
                 open_ones += 1
+            elif gain.verdict == "equivalent":
+                found["equivalent"].append(f"{row['name']} on {column.name}")
             else:
                 unit = " points" if column.unit else " bits per byte"
                 by = signed(abs(gain.value), column).lstrip("+") + unit
@@ -175,6 +177,25 @@ def _published(report: Report) -> list[str]:
     return lines
 
 
+def _seeds(report: Report) -> list[str]:
+    """Variants over their training seeds, where there are several."""
+    if not report.seeded:
+        return []
+    kinds = {column.name: column for column in report.columns}
+    head = "variant | against | suite | seeds | gain | error of seeds | error of items | verdict"
+    lines = ["", "## Over training seeds", "", f"| {head} |", "|" + " --- |" * 8]
+    for x in report.seeded:
+        kind = kinds[x.suite]
+        span = interval(x.low, x.high, kind, with_sign=True)
+        cells = [
+            ", ".join(x.rows), ", ".join(x.reference), x.suite, str(len(x.rows)),
+            f"{signed(x.gain, kind)} {span}", number(x.seed_error, kind),
+            number(x.item_error, kind), x.verdict,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(_escape(cell) for cell in cells)} |")
+    return lines
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown tables."""
     lines = [f"# {_escape(report.recipe)}", "", _escape(headline(report)), ""]
@@ -197,6 +218,7 @@ def markdown(report: Report) -> str:
     if shown:
         lines.append(f"- smallest gain shown with 80 % power: {_escape('; '.join(shown))}")
     lines += [f"- not measured: {_escape(text)}" for text in reasons(report)]
+    lines += _seeds(report)
     lines += lines_formats.markdown(report)
     lines += _published(report)
     lines += health(report)

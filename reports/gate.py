@@ -66,6 +66,10 @@ class Gate(BaseModel):
     power: float = Field(0.8, gt=0.5, lt=1, description="the chance to pass that is asked for")
 
 
+# Tango's upper bound is passed in up to 5.13 % of the cases where 5 % is asked for; a claim that a
+# candidate fails is made at this share of α, so that α holds.
+FAILING = 0.9
+
 # Without a gate file: no suite may be shown to lose two points, or two hundredths of a bit a byte.
 DEFAULT_MARGIN = 0.02
 
@@ -133,8 +137,8 @@ def judge(gate: Gate, pairs: Sequence[tuple[Run, Run]]) -> Result:
     checks: list[Check] = []
     for rule, pair, comparison in found:
         stricter = comparison
-        if claims > 1 and rule.kind != "superiority":
-            stricter = compare(*pair, 1 - 2 * gate.alpha / claims, items=False)
+        if rule.kind != "superiority":
+            stricter = compare(*pair, 1 - 2 * FAILING * gate.alpha / claims, items=False)
         strict_parts = _parts(rule, stricter, pair)
         for part, strict in zip(_parts(rule, comparison, pair), strict_parts, strict=True):
             checks.append(_check(gate, rule, comparison.unit, part, strict.high, claims))

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reports.compare import NotComparable, opened
-from reports.lm_eval_results import Imported, read_results
+from reports.lm_eval_results import LOWER, Imported, read_results
+from reports.published_scores import read_scores
+from reports.ranks import ranks
 from reports.records import Run, read_json, read_primary
 from reports.signature import differences
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
-RANK_DRAWS = 1000
 FORMULA = "(score − chance) / (1 − chance), macro over tasks; 0 is guessing, 1 is perfect"
 
 
@@ -59,12 +59,16 @@ class Board:
 def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[list[Imported]]]:
     """Runs and imported results that paths stand for.
 
-    A path is a run's folder, a folder of runs, a report's folder or index, or a result file of
-    lm-eval. NotComparable or FileNotFoundError say what cannot be read.
+    A path is a run's folder, a folder of runs, a report's folder or index, a result file of
+    lm-eval (.json) or a table of published scores (.csv). NotComparable or FileNotFoundError say
+    what cannot be read.
     """
     runs: dict[Path, Run] = {}
     imported = []
     for path in paths:
+        if path.suffix == ".csv":
+            imported.append(opened(read_scores, path))
+            continue
         if path.suffix == ".json" and path.name != "index.json":
             imported.append(opened(read_results, path))
             continue
@@ -98,12 +102,15 @@ def boards(runs: Sequence[Run], imported: Sequence[list[Imported]] = ()) -> list
     return [*measured, *_imported(imported)]
 
 
-def _names(column: list[Run]) -> list[str]:
-    """Row names, told apart by the model's identity where two are the same."""
-    plain = [str(run.manifest["row"]) for run in column]
+def row_names(runs: Sequence[Run]) -> list[str]:
+    """Row names, told apart by the model's identity where two models have one name."""
+    models: dict[str, set[str]] = {}
+    for run in runs:
+        models.setdefault(str(run.manifest["row"]), set()).add(str(run.manifest["model_identity"]))
     return [
-        name if plain.count(name) == 1 else f"{name}@{str(run.manifest['model_identity'])[:8]}"
-        for name, run in zip(plain, column, strict=True)
+        name if len(models[name]) == 1 else f"{name}@{str(run.manifest['model_identity'])[:8]}"
+        for run in runs
+        if (name := str(run.manifest["row"]))
     ]
 
 
@@ -114,7 +121,7 @@ def _board(column: list[Run]) -> Board:
     frames = [opened(read_primary, run) for run in column]
     _same_items(column, frames)
     kind = _column({"name": manifest["suite"], "title": manifest["suite"], **manifest})
-    names = _names(column)
+    names = row_names(column)
     cells = [
         _cell(name, manifest["suite"], run, frame, "")
         for name, run, frame in zip(names, column, frames, strict=True)
@@ -125,7 +132,7 @@ def _board(column: list[Run]) -> Board:
     scores = [cell.score for cell in cells if cell.score is not None]
     sign = 1 if kind.higher_is_better else -1
     order = sorted(range(len(cells)), key=lambda i: (-sign * scores[i], cells[i].row))
-    spans, letters = _ranks(frames, sign, order)
+    spans, letters = ranks(frames, sign, order)
     lines = []
     for place in order:
         cell, score = cells[place], scores[place]
@@ -161,123 +168,31 @@ def _same_items(column: list[Run], frames: list[pd.DataFrame]) -> None:
             )
 
 
-def _ranks(
-    frames: list[pd.DataFrame], sign: int, order: list[int]
-) -> tuple[list[tuple[int | None, int | None]], list[str]]:
-    """Each row's 95 % interval of ranks, and letters of rows that are not told apart."""
-    import numpy as np
-
-    if len(frames) < 2:
-        return [(None, None)] * len(frames), ["a"] * len(frames)
-    drawn, scores, errors = _draws(frames, sign)
-    rows = len(frames)
-    # Of equal draws each has the better rank in the lower limit and the worse in the upper one.
-    best = np.stack([1 + (drawn > drawn[i] + 1e-12).sum(axis=0) for i in range(rows)])
-    worst = np.stack([(drawn >= drawn[i] - 1e-12).sum(axis=0) for i in range(rows)])
-    low = np.quantile(best, 0.025, axis=1, method="lower")
-    high = np.quantile(worst, 0.975, axis=1, method="higher")
-    spans: list[tuple[int | None, int | None]] = [
-        (int(a), int(b)) for a, b in zip(low, high, strict=True)
-    ]
-    return spans, _letters(scores, errors, order)
-
-
-def _draws(frames: list[pd.DataFrame], sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Macro scores of equal draws (rows, draws), scores, and errors of gains (rows, rows).
-
-    An item that a row has no score for is left out for all rows.
-    """
-    import numpy as np
-
-    keyed = [f.set_index(["task", "doc_id"]).sort_index() for f in frames]
-    values = sign * np.stack([f.value.to_numpy() for f in keyed])
-    used = ~np.isnan(values).any(axis=0)
-    tasks = keyed[0].index.get_level_values(0).to_numpy()[used]
-    cluster, weight = keyed[0].cluster.to_numpy()[used], keyed[0].weight.to_numpy()[used]
-    values = values[:, used]
-    generator = np.random.default_rng(17)
-    rows, names = len(frames), np.unique(tasks)
-    drawn, scores = np.zeros((rows, RANK_DRAWS)), np.zeros(rows)
-    variance = np.zeros((rows, rows))
-    for name in names:
-        inside = tasks == name
-        _, code = np.unique(cluster[inside], return_inverse=True)
-        size = int(code.max()) + 1
-        mass = np.bincount(code, weights=weight[inside])
-        sums = np.stack([np.bincount(code, weights=v * weight[inside]) for v in values[:, inside]])
-        counts = generator.multinomial(size, np.full(size, 1 / size), RANK_DRAWS).astype(float)
-        mean = sums.sum(axis=1) / mass.sum()
-        drawn += (sums @ counts.T) / (counts @ mass) / len(names)
-        scores += mean / len(names)
-        left = (sums - mean[:, None] * mass) / mass.sum()
-        shared = left @ left.T * (size / max(1, size - 1))
-        spread = np.diag(shared)
-        variance += (spread[:, None] + spread[None, :] - 2 * shared) / len(names) ** 2
-    return drawn, scores, np.sqrt(np.maximum(variance, 0))
-
-
-def _letters(scores: np.ndarray, errors: np.ndarray, order: list[int]) -> list[str]:
-    """Compact letters: rows share one if no pair among them is told apart (Holm over all pairs)."""
-    import numpy as np
-    from scipy.stats import norm
-
-    from reports.statistics import holm
-
-    rows = len(scores)
-    one, two = np.triu_indices(rows, 1)
-    gap = np.abs(scores[one] - scores[two])
-    error = errors[one, two]
-    # Rows without any spread between them differ for sure or not at all; neither is a test.
-    p = np.where(error > 1e-12, 2 * norm.sf(gap / np.maximum(error, 1e-12)), 1.0)
-    apart = np.zeros((rows, rows), bool)
-    apart[one, two] = holm(p) < 0.05
-    apart |= apart.T
-    groups: list[list[int]] = []
-    for start in range(rows):
-        group = [order[start]]
-        for other in order[start + 1 :]:
-            if apart[other, group].any():
-                break
-            group.append(other)
-        if not groups or not set(group) <= set(groups[-1]):
-            groups.append(group)
-    letters = [""] * rows
-    for number, group in enumerate(groups):
-        for member in group:
-            letters[member] += _letter(number)
-    return letters
-
-
-def _letter(number: int) -> str:
-    name = chr(ord("a") + number % 26)
-    return name if number < 26 else f"{name}{number // 26}"
-
-
 def _imported(files: Sequence[list[Imported]]) -> list[Board]:
-    """One board for each task, metric, filter, shots and version of imported files."""
+    """One board for each task, metric, filter, shots, version and origin of imported scores."""
     grouped: dict[tuple[Any, ...], list[Imported]] = {}
     for file in files:
         for found in file:
             key = (found.task, found.metric, found.filter, found.shots, found.version, found.n)
-            grouped.setdefault(key, []).append(found)
+            grouped.setdefault((*key, found.origin), []).append(found)
     out = []
-    for (task, metric, filter_, shots, version, _), entries in grouped.items():
+    for (task, metric, filter_, shots, version, _, origin), entries in grouped.items():
         sign = 1 if entries[0].higher_is_better else -1
         ordered = sorted(entries, key=lambda e: (-sign * e.score, e.model))
-        lines = []
-        for e in ordered:
-            rank = 1 + sum(sign * other.score > sign * e.score for other in entries)
-            reach = None if e.error is None else 1.959964 * e.error
-            bounded = reach is not None and math.isfinite(reach)
-            low, high = (e.score - reach, e.score + reach) if bounded and reach else (None, None)
-            lines.append(
-                Line(e.model, e.score, low, high, e.n or 0, rank, None, None, "", None,
-                     "imported from lm-eval")
-            )  # fmt: skip
         protocol = f"{metric} {filter_} shots {shots} version {version}"
-        note = "imported scores: no items, so no rank interval and no test between rows"
-        unit = (
-            "" if metric not in ("acc", "acc_norm", "exact_match", "pass@1", "pass_at_1") else "%"
-        )
-        out.append(Board(task, protocol, unit, sign > 0, "", tuple(lines), note))
+        if origin.startswith("published"):
+            protocol = f"{metric}, as {origin.removeprefix('published: ')} has it"
+        lines = tuple(_imported_line(e, entries, sign) for e in ordered)
+        note = f"{origin}: no items, so no rank interval and no test between rows"
+        unit = "" if metric in LOWER else "%"
+        out.append(Board(task, protocol, unit, sign > 0, "", lines, note))
     return out
+
+
+def _imported_line(one: Imported, all_: Sequence[Imported], sign: int) -> Line:
+    rank = 1 + sum(sign * other.score > sign * one.score for other in all_)
+    low = high = None
+    if one.error is not None and math.isfinite(one.error):
+        low, high = one.score - 1.959964 * one.error, one.score + 1.959964 * one.error
+    n = one.n or 0
+    return Line(one.model, one.score, low, high, n, rank, None, None, "", None, one.origin)

@@ -18,7 +18,7 @@ from reports.table import Column
 
 Boards = Sequence[Board]
 HEAD = ("rank", "row", "score", "95 % interval", "above chance", "group", "n", "source")
-GROUPS = "rows that share a letter are not told apart (z-tests on paired differences, Holm, 5 %)"
+GROUPS = "rows that share a letter are not told apart (paired permutation tests, Holm, 5 %)"
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",

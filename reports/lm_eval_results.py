@@ -32,6 +32,7 @@ class Imported:
     shots: int | None
     version: str
     higher_is_better: bool
+    origin: str = "imported from lm-eval"
 
 
 def read_results(path: Path) -> list[Imported]:

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 # Stand-ins that matplotlib can draw with; in the SVG the page's own colours take their place.
 INK = "#010203"
-COLOURS = {"better": "#010204", "worse": "#010205", "inconclusive": "#010206"}
+COLOURS = {
+    "better": "#010204",
+    "worse": "#010205",
+    "inconclusive": "#010206",
+    "equivalent": "#010207",
+}
 _PAGE = {INK: "currentColor", **{colour: f"var(--{name})" for name, colour in COLOURS.items()}}
 # Okabe and Ito's colours, without the yellow and the black that a light or a dark page swallows.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")

@@ -84,6 +84,32 @@ def gains(report: Report) -> Panel | None:
     )
 
 
+def seeds(report: Report) -> Panel | None:
+    """Variants with several training seeds: the gain over seeds, and what the seeds do to it."""
+    columns = {column.name: column for column in report.columns}
+    lines = []
+    for found in report.seeded:
+        column = columns[found.suite]
+        sign = report.cell(found.rows[0], found.suite).signature
+        line = [words(", ".join(found.rows)), words(", ".join(found.reference))]
+        line += [words(found.suite), count(len(found.rows))]
+        span = interval(found.low, found.high, column, with_sign=True)
+        shown = signed(found.gain, column)
+        line.append(Value(shown, found.gain, sign, found.verdict, span))
+        line += [score(e, column, signature=sign) for e in (found.seed_error, found.item_error)]
+        line.append(Value(f"{found.adjusted:.3g}", found.adjusted, sign))
+        lines.append((*line, words(found.verdict, tone=found.verdict)))
+    if not lines:
+        return None
+    text = (
+        "A gain above is that of one training's weights; this one is over seeds. The signature is "
+        "the first seed's.",
+    )
+    head = ["rows", "against", "suite", "seeds", "gain", "error from seeds", "error from items"]
+    table = Table("One line a variant", [*head, "p (Holm)", "verdict"], tuple(lines))
+    return Panel("Over training seeds", text, tables=(table,))
+
+
 def _gain(cell: Cell, column: Column) -> tuple[Value, ...]:
     gain = cell.gain
     assert gain
@@ -240,6 +266,7 @@ def _averages(
 PANELS: dict[str, Draw] = {
     "scores": scores,
     "gains": gains,
+    "seeds": seeds,
     "bbh": heat_map,
     "languages": languages,
     "tasks": tasks,

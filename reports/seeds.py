@@ -34,6 +34,15 @@ class Components:
         total = self.seed_variance + self.item_variance - self.noise_variance
         return max(total, self.seed_variance, self.item_variance)
 
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of the gain by Student's t; 1 where nothing varies and nothing was gained."""
+        from scipy.stats import t
+
+        if self.variance == 0:
+            return 0.0 if self.gain else 1.0
+        return float(2 * t.sf(abs(self.gain) / self.variance**0.5, self.degrees))
+
 
 def seeds_and_items(
     scores: Values, reference: Values, tasks: Values | None = None, level: float = 0.95

@@ -151,7 +151,7 @@ def paired_bootstrap(
         gain=gain,
         low=low,
         high=high,
-        p_value=_sign_flip(flips, generator, draws),
+        p_value=sign_flip(flips, generator, draws),
         null_variance=float(np.sum(flips**2)),
         n=len(parts.differences),
         better=int((parts.differences > 0).sum()),
@@ -240,7 +240,7 @@ def _clusters(
     return _Parts(strata, difference, weight)
 
 
-def _sign_flip(parts: Array, generator: np.random.Generator, draws: int) -> float:
+def sign_flip(parts: Array, generator: np.random.Generator, draws: int) -> float:
     """P[|Σ ±part| ≥ |Σ part|] over all or sampled signs; 1 if every part is zero."""
     sizes = np.abs(parts[parts != 0])
     observed = abs(parts.sum()) * (1 - 1e-9)  # equal sums count as equal whatever the rounding

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reports.gates import verdict
 from reports.lines import Line, lines
 from reports.records import Run, read_json, read_primary
+from reports.seeded import Seeded, seeded
 from reports.signature import differences, signature
 
 if TYPE_CHECKING:
@@ -36,13 +38,14 @@ class Gain:
     better: int  # items where the row has the better value
     worse: int
     n: int
+    margin: float | None = None  # what does not matter, if the recipe says so
 
     @property
     def verdict(self) -> str:
-        """better, worse or inconclusive, at 5 % after Holm's correction."""
-        if self.adjusted >= 0.05:
-            return "inconclusive"
-        return "better" if self.value > 0 else "worse"
+        """better, worse or inconclusive at 5 % after Holm's correction; equivalent if the whole
+        interval is within the margin.
+        """
+        return verdict(self.value, self.adjusted, self.low, self.high, self.margin)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Report:
     lines: tuple[Line, ...] = ()  # reference lines
     domains: dict[str, Any] | None = None  # a paper's table of bits per byte by domain
     extra: dict[str, Any] = field(default_factory=dict)  # what else harness gathered, by panel
+    seeded: tuple[Seeded, ...] = ()  # variants that have several training seeds
 
     def cell(self, row: str, suite: str) -> Cell:
         """The cell of a row and a suite."""
@@ -159,6 +163,7 @@ def read(index: Path) -> Report:
         lines=lines(content, opened),
         domains=content.get("domains"),
         extra=content.get("extra", {}),
+        seeded=seeded(content, opened),
     )
 
 
@@ -252,6 +257,7 @@ def _gains(
     """Every row against the reference, suite by suite, p-values corrected together."""
     from reports.statistics import holm
 
+    margins = {suite["name"]: suite.get("margin") for suite in content["suites"]}
     out: dict[tuple[str, str], Gain | str] = {}
     for (row, suite), (run, frame) in opened.items():
         if row == content["reference"]:
@@ -264,7 +270,7 @@ def _gains(
         if wrong:
             out[row, suite] = "not comparable: " + "; ".join(wrong)
             continue
-        out[row, suite] = _compare(run, frame, base[1])
+        out[row, suite] = _compare(run, frame, base[1], margins.get(suite))
     compared = [key for key, gain in out.items() if isinstance(gain, Gain)]
     found = [out[key] for key in compared]
     adjusted = holm([gain.p_value for gain in found if isinstance(gain, Gain)])
@@ -274,7 +280,9 @@ def _gains(
     return out
 
 
-def _compare(run: Run, frame: pd.DataFrame, base: pd.DataFrame) -> Gain | str:
+def _compare(
+    run: Run, frame: pd.DataFrame, base: pd.DataFrame, margin: float | None = None
+) -> Gain | str:
     from reports.statistics import minimum_detectable_effect, paired_bootstrap
 
     keys = ["task", "doc_id"]
@@ -308,4 +316,5 @@ def _compare(run: Run, frame: pd.DataFrame, base: pd.DataFrame) -> Gain | str:
         paired.better,
         paired.worse,
         paired.n,
+        margin,
     )

@@ -141,6 +141,61 @@ def test_hostile_names_stay_text_in_junit(
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_runs_without_a_recipe_make_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path))
+    one = evaluation(tmp_path, "base", {"a": RIGHT})
+    other = evaluation(tmp_path, "candidate", {"a": np.ones(100)})
+    evaluation(tmp_path, "candidate", {"b": RIGHT}, suite="second")
+    where = tmp_path / "evaluations"
+    assert kfuse(monkeypatch, "report", where, "--reference", "base", "--name", "mine") == 0
+    said = capsys.readouterr().out
+    assert "candidate on suite by 40.0 points" in said
+    (index,) = (tmp_path / "reports").glob("mine-*/index.json")
+    assert "not measured" in (index.parent / "report.md").read_text()
+    assert kfuse(monkeypatch, "compare", "base", "candidate", "--report", "mine") == 0
+    assert kfuse(monkeypatch, "report", one, other, "--reference", "nobody") == 2
+    assert "rows: base, candidate" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "report", "tiny", "--reference", "nobody") == 2
+    assert "belong to folders of runs" in capsys.readouterr().err
+
+
+def test_runs_that_claim_one_place_or_cannot_be_read_are_exit_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path))
+    one = evaluation(tmp_path, "base", {"a": RIGHT})
+    again = evaluation(tmp_path / "copy", "base", {"a": RIGHT})
+    assert kfuse(monkeypatch, "report", one, again) == 1
+    assert "two runs" in capsys.readouterr().err
+    (one / "scores.parquet").write_bytes(b"PAR1")
+    assert kfuse(monkeypatch, "report", one) == 1
+    assert "scores.parquet" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "report", tmp_path / "copy") == 2  # no runs in it, and no recipe
+
+
+def test_published_numbers_have_a_column_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluation(tmp_path, "base", {"a": RIGHT}, suite="bbh@fusellm")
+    assert kfuse(monkeypatch, "leaderboard", run, "--published") == 0
+    said = capsys.readouterr().out
+    assert "published: FuseLLM 2401.10491, table 1, average" in said
+    assert said.count("## bbh@fusellm") == 2
+    assert "41.8" in said  # table 1's average of FuseLLM, 41.75
+
+
+def test_a_margin_makes_equivalent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluation(tmp_path, "base", {"a": RIGHT})
+    assert kfuse(monkeypatch, "compare", base, base, "--margin", "0.2") == 0
+    assert "| equivalent |" in capsys.readouterr().out
+    assert kfuse(monkeypatch, "compare", base, base, "--margin", "0.001") == 0
+    assert "| inconclusive |" in capsys.readouterr().out
+
+
 def test_a_leaderboard_in_every_format_and_an_unknown_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

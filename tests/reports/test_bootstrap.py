@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from reports.bootstrap import acceleration, limits
-from reports.statistics import _sign_flip, paired_bootstrap
+from reports.statistics import paired_bootstrap, sign_flip
 
 
 def strata(*values: np.ndarray) -> list[np.ndarray]:
@@ -85,5 +85,5 @@ def test_the_permutation_test_of_continuous_scores_keeps_its_level() -> None:
     """1000 comparisons of 30 skewed items; 5 % and two standard errors of 0.7 points."""
     g = np.random.default_rng(10)
     values = g.exponential(1.0, (1000, 30)) * g.choice([-1.0, 1.0], (1000, 30))
-    rejected = sum(_sign_flip(line, g, 999) < 0.05 for line in values)
+    rejected = sum(sign_flip(line, g, 999) < 0.05 for line in values)
     assert 0.036 <= rejected / 1000 <= 0.064

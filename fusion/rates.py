@@ -1,0 +1,99 @@
+"""How fast this machine computes: FLOP/s of a small model when it reads, writes and trains.
+
+A calibration of some seconds. Larger models reach more, memory-bound writing less; an estimate made
+from it is good to about a factor of two, which is what deciding whether to start takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusion.flops import FlopCounter, training
+from fusion.models import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SECONDS = 1.0  # of each kind of work
+ROWS, LENGTH = 4, 256  # read and trained on; one position each of four times as many is written
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """FLOP/s: reading whole rows, writing one token a row at a time, training."""
+
+    read: float
+    write: float
+    train: float
+
+
+def measure(device: str = "cpu", dtype: str = "float32") -> Rates:
+    """The machine's rates with a random decoder of 26 million weights, 4 rows of 256 tokens.
+
+    device and dtype as in a recipe. Takes about four seconds on a CPU.
+    """
+    model = _decoder()
+    torch.nn.Module.to(model, device=device, dtype=DTYPES[dtype])
+    ids = torch.arange(ROWS * LENGTH, device=device).view(ROWS, LENGTH) % model.config.vocab_size
+    counter = FlopCounter(model)
+    counter.remove()
+    size, each = counter.size, [LENGTH] * ROWS
+
+    def read() -> int:
+        with torch.inference_mode():
+            model(ids)
+        return training(size, each) // 3
+
+    def train() -> int:
+        model(ids, labels=ids).loss.backward()
+        model.zero_grad()
+        return training(size, each)
+
+    cache = None
+    with torch.inference_mode():
+        cache = model(ids.view(4 * ROWS, -1), use_cache=True).past_key_values
+
+    def write() -> int:
+        with torch.inference_mode():
+            model(ids.view(4 * ROWS, -1)[:, :1], past_key_values=cache, use_cache=True)
+        seen = cache.get_seq_length() if cache is not None else 0
+        return 4 * ROWS * (size.per_token + 4 * size.attention * seen)
+
+    return Rates(_rate(read, device), _rate(write, device), _rate(train, device))
+
+
+def _decoder() -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=512,
+                intermediate_size=1536,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                num_key_value_heads=8,
+                vocab_size=16_384,
+            )
+        )
+
+
+def _rate(work: Callable[[], int], device: str) -> float:
+    """FLOP/s of repeated work, the first time left out."""
+    work()
+    _wait(device)
+    started, flops = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS:
+        flops += work()
+        _wait(device)
+    return flops / (time.perf_counter() - started)
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()

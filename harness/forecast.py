@@ -1,0 +1,282 @@
+"""`kfuse plan`: what a recipe will take and what its measurements can show, before any compute.
+
+FLOPs come from the formulas of the cost ledger, tokens from a sample of the questions, seconds from
+a calibration of this machine. What is not known yet (a model that is not fetched, questions that
+cannot be had) is said to be unknown, and counts for nothing in the sums.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import RunError
+from harness.evaluate import Item, Loaded
+from harness.steps import Plan, Step, root
+from harness.store import existing
+
+if TYPE_CHECKING:
+    from fusion.flops import Size
+    from fusion.rates import Rates
+
+SAMPLED = 25  # questions of a task whose tokens are counted
+PACK = 64  # questions that share one reading of what all of a task's prompts begin with
+DISAGREE = (0.05, 0.20)  # shares of items on which two rows differ, between which most pairs lie
+RECORD = 1_500  # bytes of an item's record; more than any of the quickstart's
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A suite of the recipe: how much is asked, and the smallest gain that this can show."""
+
+    suite: str
+    n: int
+    n_total: int
+    detectable: tuple[float, float] | None  # for DISAGREE; None for what is not right or wrong
+    read: dict[str, float]  # tokens by root source; reading prompts and choices once
+    written: int  # tokens at most
+    reason: str = ""  # why nothing is known
+
+
+@dataclass(frozen=True)
+class Work:
+    """One folder still to be made."""
+
+    stage: str
+    name: str
+    tokens: int | None
+    flops: int | None
+    seconds: float | None
+    disk: int
+    memory: int | None  # resident, of weights and what training keeps beside them
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Everything that is still to be done, and what there is to do it with."""
+
+    questions: tuple[Questions, ...]
+    work: tuple[Work, ...]
+    disk_free: int
+    memory_total: int
+    where: str  # the device
+
+    @property
+    def refusals(self) -> list[str]:
+        """What cannot fit, each with a remedy."""
+        disk = sum(work.disk for work in self.work)
+        out = []
+        if disk > self.disk_free:
+            out.append(
+                f"disk: about {gib(disk)} GiB are needed, {gib(self.disk_free)} GiB are free; "
+                "make room, or set KFUSE_HOME to another disk"
+            )
+        for work in self.work:
+            if work.memory is not None and work.memory > self.memory_total:
+                remedy = "train in more processes with DeepSpeed, or a smaller model"
+                if work.stage != "train":
+                    remedy = "`evaluate.dtype: bfloat16`, or a smaller model"
+                out.append(
+                    f"{work.stage} {work.name}: at least {gib(work.memory)} GiB of memory are "
+                    f"needed, {self.where} has {gib(self.memory_total)} GiB; {remedy}"
+                )
+        return out
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, one decimal."""
+    return f"{size / 2**30:.1f}"
+
+
+def forecast(plan: Plan, steps: Sequence[Step], *, calibrate: bool = True) -> Forecast:
+    """What these steps will take. steps: as `run.pending` gives them."""
+    from harness.build import device
+    from harness.measuring import Measuring
+
+    where = device(plan)
+    sizes = {row: _model(plan, row) for row in plan.recipe.sources}
+    measuring, questions = Measuring(plan), {}
+    for step in steps:
+        if step.kind == "evaluate" and step.name not in questions:
+            questions[step.name] = _questions(plan, measuring, step)
+    rates = _rates(plan, where) if calibrate else {}
+    work = [_work(plan, step, sizes, questions, rates) for step in steps]
+    return Forecast(
+        tuple(questions.values()),
+        tuple(work),
+        shutil.disk_usage(existing(plan.home)).free,
+        _memory(where),
+        where,
+    )
+
+
+def _rates(plan: Plan, where: str) -> dict[str, Rates]:
+    from fusion.rates import measure
+
+    trains = {v.train.dtype for v in plan.recipe.variants.values() if v.train}
+    return {dtype: measure(where, dtype) for dtype in {plan.recipe.evaluate.dtype, *trains}}
+
+
+def _memory(where: str) -> int:
+    if where.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.get_device_properties(where).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _model(plan: Plan, row: str) -> tuple[Size, int] | None:
+    """A source's size and number of weights, if its configuration is here."""
+    from fusion.flops import size
+    from fusion.models import skeleton
+    from harness.build import model_folder
+
+    folder = model_folder(plan, row)
+    if not (folder / "config.json").is_file():
+        return None
+    model = skeleton(folder)
+    return size(model), sum(weight.numel() for weight in model.parameters())
+
+
+def _questions(plan: Plan, measuring: Any, step: Step) -> Questions:
+    from reports.statistics import minimum_detectable_effect
+
+    try:
+        loaded: Loaded = measuring.suite(step)
+    except RunError as error:
+        return Questions(step.name, 0, 0, None, {}, 0, str(error))
+    by_task: dict[str, list[Item]] = {}
+    for item in loaded.items:
+        by_task.setdefault(item.task, []).append(item)
+    sampled = {task: items[:: max(1, len(items) // SAMPLED)] for task, items in by_task.items()}
+    written = sum(_written(items) for items in by_task.values())
+    read = {}
+    for name in dict.fromkeys(root(plan.recipe, row) for row in plan.recipe.rows):
+        count = _counter(plan, name)
+        read[name] = sum(_read(sampled[task], len(items), count) for task, items in by_task.items())
+    binary = all(t.metric != "bits_per_byte" for t in loaded.suite.tasks)
+    share = sum(1 / len(items) for items in by_task.values()) / len(by_task) ** 2
+    low, high = (minimum_detectable_effect(d * share, 1) for d in DISAGREE)
+    total = sum(loaded.totals.values())
+    shown = (low, high) if binary else None
+    return Questions(step.name, len(loaded.items), total, shown, read, written)
+
+
+def _counter(plan: Plan, row: str) -> Any:
+    """Text to a number of tokens: by a source's tokenizer if it is here, else bytes over four."""
+    from fusion.models import load_tokenizer
+    from harness.build import model_folder
+
+    folder = model_folder(plan, row) if plan.folders[row] else None
+    if folder is None or not (folder / "config.json").is_file():
+        return lambda text: len(text.encode()) / 4
+    tokenizer = load_tokenizer(folder)
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _read(sampled: Sequence[Item], n: int, count: Any) -> float:
+    """Tokens of n items: contexts and choices once, what all prompts begin with once a pack."""
+    prompts = [item.prompt for item in sampled]
+    shared = os.path.commonprefix(prompts) if len(prompts) > 1 else ""
+    own = sum(count(text.removeprefix(shared)) for item in sampled for text in _texts(item)) / len(
+        sampled
+    )
+    return own * n + count(shared) * -(-n // PACK)
+
+
+def _texts(item: Item) -> list[str]:
+    """Every text that is read for an item, contexts that requests share once."""
+    texts = dict.fromkeys(str(request.args[0]) for request in item.requests)
+    kind = item.requests[0].request_type
+    choices = [str(r.args[1]) for r in item.requests] if kind == "loglikelihood" else []
+    return [*texts, *choices]
+
+
+def _written(items: Sequence[Item]) -> int:
+    """Tokens that items may write at most."""
+    return sum(
+        int(request.args[1].get("max_gen_toks", 256)) * int(request.args[1].get("repeats", 1))
+        for item in items
+        for request in item.requests
+        if request.request_type == "generate_until"
+    )
+
+
+def _work(
+    plan: Plan,
+    step: Step,
+    sizes: dict[str, tuple[Size, int] | None],
+    questions: dict[str, Questions],
+    rates: dict[str, Rates],
+) -> Work:
+    if step.kind == "evaluate":
+        return _measurement(plan, step, sizes, questions[step.name], rates)
+    tokens = flops = seconds = memory = None
+    row = step.content.get("row", step.rows[0])
+    known = sizes.get(root(plan.recipe, row))
+    if step.kind in ("capture", "train"):
+        tokens = step.tokens
+        if known and plan.recipe.corpus:
+            flops, dtype = _computed(plan, step, known[0])
+            kind = "train" if step.kind == "train" else "read"
+            seconds = flops / getattr(rates[dtype], kind) if dtype in rates else None
+    if known and step.kind == "train":
+        # Weights, gradients and AdamW's two moments in float32; activations come on top.
+        memory = 16 * known[1] // max(1, plan.recipe.machine.processes)
+    elif known and step.kind == "capture":
+        memory = BYTES[_dtype(plan, step)] * known[1]
+    return Work(step.kind, step.name, tokens, flops, seconds, step.disk, memory)
+
+
+def _computed(plan: Plan, step: Step, size: Size) -> tuple[int, str]:
+    """FLOPs of a capture or a training over full blocks, and the dtype of its arithmetic."""
+    from fusion.flops import forward, training
+
+    corpus = plan.recipe.corpus
+    assert corpus
+    whole, rest = divmod(step.tokens, corpus.blocks)
+    lengths = [corpus.blocks] * whole + [rest] * (rest > 0)
+    return (training if step.kind == "train" else forward)(size, lengths), _dtype(plan, step)
+
+
+def _dtype(plan: Plan, step: Step) -> str:
+    if step.kind == "capture":
+        return str(step.content["dtype"])
+    train = plan.recipe.variants[step.rows[0]].train
+    return str(train.dtype) if train else "float32"
+
+
+def _measurement(
+    plan: Plan,
+    step: Step,
+    sizes: dict[str, tuple[Size, int] | None],
+    asked: Questions,
+    rates: dict[str, Rates],
+) -> Work:
+    """A row on a suite; an ensemble is the sum of its members."""
+    row = step.rows[0]
+    variant = plan.recipe.variants.get(row)
+    members = list(variant.ensemble.members) if variant and variant.ensemble else [row]
+    roots = [root(plan.recipe, member) for member in members]
+    known = [sizes.get(name) for name in roots]
+    dtype = plan.recipe.evaluate.dtype
+    disk = RECORD * asked.n + 4 * asked.written
+    if asked.reason or any(k is None for k in known):
+        return Work("evaluate", f"{row} · {step.name}", None, None, None, disk, None)
+    flops, seconds, tokens = 0, 0.0, 0
+    for name, found in zip(roots, known, strict=True):
+        assert found
+        read, written = asked.read[name] * found[0].per_token, asked.written * found[0].per_token
+        flops += round(read + written)
+        tokens += round(asked.read[name]) + asked.written
+        if dtype in rates:
+            seconds += read / rates[dtype].read + written / rates[dtype].write
+    memory = sum(BYTES[dtype] * found[1] for found in known if found)
+    spent = seconds if dtype in rates else None
+    return Work("evaluate", f"{row} · {step.name}", tokens, flops, spent, disk, memory)

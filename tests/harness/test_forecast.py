@@ -1,0 +1,125 @@
+"""What `kfuse plan` says before any compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fusion import rates
+from fusion.errors import RunError
+from fusion.flops import forward, size, training
+from fusion.models import skeleton
+from harness import forecast as module
+from harness.build import build
+from harness.forecast import Forecast, Questions, Work, forecast
+from harness.forecast_table import duration, sums, table
+from harness.plan import plan
+from harness.recipe import parse
+from harness.run import foresee, pending
+
+TEXT = """
+sources:
+  llama: {path: "tiny:llama"}
+  gemma: {path: "tiny:gemma"}
+corpus: {path: "tiny:corpus", blocks: 64, tokens: 600}
+variants:
+  clm: {train: {init: llama}}
+  fused: {train: {init: llama, fuse: {sources: [gemma], function: min_ce, clm_weight: 0.9}}}
+  pack: {ensemble: {members: [llama, gemma], rule: mean_probability}}
+evaluate: {suites: [tiny_choice, tiny_generate]}
+reference: clm
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Forecast:
+    """With both sources here and nothing else."""
+    planned = plan(parse(TEXT, "r"), tmp_path_factory.mktemp("home"))
+    build(planned, ["llama", "gemma"])
+    planned = plan(planned.recipe, planned.home)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROWS": 1, "LENGTH": 16, "SECONDS": 0.05}.items():
+            patch.setattr(rates, name, value)
+        return forecast(planned, pending(planned, planned.recipe.rows, ("build", "evaluate")))
+
+
+def work(found: Forecast, stage: str, name: str) -> Work:
+    return next(w for w in found.work if w.stage == stage and w.name == name)
+
+
+def test_flops_are_those_of_full_blocks(found: Forecast, tiny: dict[str, Path]) -> None:
+    lengths = [64] * 9 + [24]
+    gemma, llama = (size(skeleton(tiny[name])) for name in ("gemma", "llama"))
+    assert work(found, "capture", "gemma").flops == forward(gemma, lengths)
+    assert work(found, "train", "clm").flops == training(llama, lengths)
+    weights = sum(weight.numel() for weight in skeleton(tiny["llama"]).parameters())
+    assert work(found, "train", "clm").memory == 16 * weights
+
+
+def test_an_ensemble_takes_the_sum_of_its_members(found: Forecast) -> None:
+    for suite in ("tiny_choice", "tiny_generate"):
+        parts = [work(found, "evaluate", f"{row} · {suite}") for row in ("llama", "gemma")]
+        whole = work(found, "evaluate", f"pack · {suite}")
+        assert whole.flops == pytest.approx(sum(p.flops or 0 for p in parts), abs=2)
+        assert whole.tokens == pytest.approx(sum(p.tokens or 0 for p in parts), abs=2)
+
+
+def test_what_a_suite_can_show_falls_with_the_root_of_its_questions(found: Forecast) -> None:
+    one = next(q for q in found.questions if q.suite == "tiny_choice")
+    assert one.detectable is not None
+    low, high = one.detectable
+    # Unlike tasks: 1/H·√Σ 1/n in place of √1/n.
+    spread = (1 / 2) * (1 / 8 + 1 / 4) ** 0.5
+    assert low == pytest.approx(2.8016 * 0.05**0.5 * spread, rel=1e-3)
+    assert high == pytest.approx(2 * low)
+
+
+def test_it_takes_time_and_says_so(found: Forecast) -> None:
+    assert all(w.seconds is not None and w.seconds > 0 for w in found.work if w.flops)
+    text = table(found)
+    for part in ("smallest gain shown", "clm, 2 suites", "in all: about", "GiB that are free"):
+        assert part in text
+
+
+def test_what_is_not_here_is_unknown_and_not_zero(home: Path) -> None:
+    planned = plan(parse(TEXT, "r"), home)
+    steps = pending(planned, planned.recipe.rows, ("build", "evaluate"))
+    nothing = forecast(planned, steps, calibrate=False)
+    assert all(w.flops is None and w.memory is None for w in nothing.work)
+    assert "not counted: 13 of 13 pieces" in sums(nothing)
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_what_cannot_fit_is_refused_with_a_remedy(found: Forecast, stage: str) -> None:
+    assert found.refusals == []
+    least = max(w.memory or 0 for w in found.work if w.stage == stage)
+    (refusal, *_) = replace(found, memory_total=least - 1).refusals
+    assert "of memory are needed" in refusal
+    disk = sum(w.disk for w in found.work)
+    assert "KFUSE_HOME" in replace(found, disk_free=disk - 1).refusals[0]
+
+
+def test_a_recipe_that_cannot_fit_is_exit_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TEXT)
+    monkeypatch.setattr(module, "_rates", lambda *_: {})
+    assert "What it will take" in foresee(str(path))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    with pytest.raises(RunError, match="cannot fit:\ndisk:"):
+        foresee(str(path))
+
+
+def test_questions_that_cannot_be_had_are_named() -> None:
+    lost = Questions("bbh@fusellm", 0, 0, None, {}, 0, "no network")
+    text = table(Forecast((lost,), (), 10, 10, "cpu"))
+    assert "no network" in text
+    assert "unknown" in text
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
