@@ -129,8 +129,7 @@ def terminal(report: Report) -> RenderableType:
     if shown:
         lines.append("smallest gain that these items show with 80 % power: " + "; ".join(shown))
     lines += [f"not measured: {text}" for text in reasons(report)]
-    lines += lines_formats.plain(report)
-    return Group(table, *(Text(line) for line in lines))
+    return Group(table, *(Text(line) for line in lines), *lines_formats.terminal(report))
 
 
 FAILURES = {
