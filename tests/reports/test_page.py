@@ -195,6 +195,20 @@ def test_sources_reference_lines_and_costs_are_those_of_the_report(
     assert stages["one", "evaluate commonsense"][6].text == "1 k"
 
 
+def test_seeds_of_a_variant_are_one_line(tmp_path: Path) -> None:
+    path = made_up(tmp_path, ["base", "one", "two"], {"commonsense": (2, "acc", False)}, items=20)
+    content = json.loads(path.read_text())
+    for row in content["rows"][1:]:
+        row["trained"] = "same"
+    path.write_text(json.dumps(content))
+    report = read(path)
+    (line,) = panels(report)["seeds"].tables[0].rows
+    (found,) = report.seeded
+    assert [value.text for value in line[:4]] == ["one, two", "base", "commonsense", "2"]
+    assert line[4].order == found.gain
+    assert line[5].order == found.seed_error
+
+
 def test_heat_and_languages_show_differences_to_the_reference(drawn: dict[str, Panel]) -> None:
     table = drawn["bbh"].tables[0]
     assert len(table.rows) == 27
