@@ -15,7 +15,13 @@ def references(report: Report) -> Panel | None:
     of_sources, of_rows = [], []
     for line in report.lines:
         if line.name in (BEST, TASK_ORACLE, ITEM_ORACLE):
-            of_sources.append(_of_source(line, columns[line.suite]))
+            # An oracle is of all sources; the best one is a row and has its signature.
+            sign = (
+                report.cell(line.detail, line.suite).signature
+                if line.detail and line.name == BEST
+                else ""
+            )
+            of_sources.append(_of_source(line, columns[line.suite], sign))
         elif line.name in (GAP, FORGOTTEN, EMERGENT):
             sign = report.cell(line.row, line.suite).signature
             value, span, n = share(line)
@@ -33,13 +39,13 @@ def references(report: Report) -> Panel | None:
     return Panel("Reference lines", text, tables=tuple(tables)) if tables else None
 
 
-def _of_source(line: Line, column: Column) -> tuple[Value, ...]:
+def _of_source(line: Line, column: Column, sign: str) -> tuple[Value, ...]:
     start = (words(line.suite), words(line.name))
     if line.value is None:
         gap = Value("–", tone="words gap", note=line.reason)
         return (*start, gap, MISSING, MISSING, MISSING)
     span = Value(interval(line.low, line.high, column) or "–", line.low)
-    value = Value(number(line.value, column), line.value)
+    value = Value(number(line.value, column), line.value, sign)
     return (*start, value, span, count(line.n), words(line.detail))
 
 

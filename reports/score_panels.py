@@ -238,7 +238,10 @@ def languages(report: Report) -> Panel | None:
             figures.append(Figure(column.title, svg))
     if not tables:
         return None
-    text = "Macro: every language counts the same. Micro: every problem does."
+    text = (
+        "Macro: every language counts the same. Micro: every problem does. Tints are those of a "
+        f"difference to {report.reference}: blue above, orange below."
+    )
     return Panel("Programs by language", (text,), tuple(figures), tuple(tables))
 
 
