@@ -7,8 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fusion.spec import Variant
+from harness.contamination import contamination
 from harness.plan import Plan, Step, suite_of
+from harness.prompts import prompts
 from harness.recipe import Loaded
 from harness.steps import root
 from harness.store import identity, provenance, read_manifest, write_json
@@ -45,6 +49,7 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
         ],
         "cells": cells,
         "published": _published(plan),
+        "extra": _extra(plan, loaded, list(runs.values())),
         "domains": _domains(plan),
         "facts": {
             "machine": machine(),
@@ -56,6 +61,23 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
     path = folder / "index.json"
     write_json(path, index)
     return path, render(path)
+
+
+def _extra(plan: Plan, loaded: Loaded, runs: list[Step]) -> dict[str, Any]:
+    """What panels show beside scores; each part only if there is something to it."""
+    by_suite = {
+        suite: prompts(plan, [step for step in runs if step.name == suite])
+        for suite in plan.recipe.evaluate.suites
+    }
+    return {
+        "seed": plan.recipe.seed,
+        "resolved": yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False),
+        "prompts": {
+            suite: {protocol: _relative(plan, path) for protocol, path in files.items()}
+            for suite, files in by_suite.items()
+        },
+        "contamination": contamination(plan, by_suite),
+    }
 
 
 def _published(plan: Plan) -> list[dict[str, Any]]:

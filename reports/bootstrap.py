@@ -110,5 +110,7 @@ def drawn(part: Array, generator: np.random.Generator, draws: int) -> Array:
             times = generator.multinomial(n - 1, counts / n, size=size)
             sums[start : start + size] = times @ units
         else:
-            sums[start : start + size] = part[generator.integers(n, size=(size, n - 1))].sum(axis=1)
+            places = generator.integers(n, size=(size, n - 1))
+            for column in range(part.shape[1]):  # a column at a time lies together in memory
+                sums[start : start + size, column] = part[:, column].take(places).sum(axis=1)
     return sums

@@ -129,11 +129,10 @@ def terminal(report: Report) -> RenderableType:
     if shown:
         lines.append("smallest gain that these items show with 80 % power: " + "; ".join(shown))
     lines += [f"not measured: {text}" for text in reasons(report)]
-    lines += lines_formats.plain(report)
-    return Group(table, *(Text(line) for line in lines))
+    return Group(table, *(Text(line) for line in lines), *lines_formats.terminal(report))
 
 
-_FAILURES = {
+FAILURES = {
     "truncated": "cut at the token limit",
     "unextracted": "no answer found",
     "tie": "best choices equal",
@@ -151,10 +150,10 @@ def health(report: Report) -> list[str]:
     if not found:
         return []
     lines = ["", "## Items that did not go as meant", ""]
-    lines.append(f"| row | suite | items | {' | '.join(_FAILURES.values())} |")
-    lines.append("|" + " --- |" * (3 + len(_FAILURES)))
+    lines.append(f"| row | suite | items | {' | '.join(FAILURES.values())} |")
+    lines.append("|" + " --- |" * (3 + len(FAILURES)))
     for cell, counts in found:
-        shown = " | ".join(str(counts.get(kind, 0)) for kind in _FAILURES)
+        shown = " | ".join(str(counts.get(kind, 0)) for kind in FAILURES)
         lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {cell.n} | {shown} |")
     return lines
 

@@ -1,47 +1,78 @@
-"""A report as one self-contained page: no network, no script, light and dark, phone and print."""
+"""A report as one self-contained page: no network, light and dark, phone, print and keyboard.
+
+The page carries one script of our own; its policy allows that script by its hash and no other, and
+texts reach the page escaped or as JSON that the script sets as text.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from reports import formats, plots
-from reports.table import Column, Report, TaskScore
+from reports import (
+    formats,
+    items,
+    making_panels,
+    reference_panels,
+    score_panels,
+    trust_panels,
+)
+from reports.panels import Draw, Panel
+from reports.table import Report
+from reports.untrusted import plain, script_json
+
+PANELS: Mapping[str, Draw] = {
+    **score_panels.PANELS,
+    **reference_panels.PANELS,
+    **trust_panels.PANELS,
+    **items.PANELS,
+    **making_panels.PANELS,
+    **trust_panels.LAST,
+}
+
+
+def panels(report: Report) -> dict[str, Panel]:
+    """The panels that have something to show, in the order of the page."""
+    drawn = {name: draw(report) for name, draw in PANELS.items()}
+    return {name: panel for name, panel in drawn.items() if panel}
 
 
 def page(report: Report) -> str:
     """The page; every text in it is escaped, whatever names and outputs hold."""
     from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
 
-    drawn = [(column, plots.forest(report, column)) for column in report.columns]
-
-    def tasks(column: Column) -> list[tuple[str, list[TaskScore | None]]]:
-        cells = [report.cell(row["name"], column.name) for row in report.rows]
-        names = {task.task: task.title for cell in cells for task in cell.tasks}
-        return [
-            (title, [next((t for t in cell.tasks if t.task == name), None) for cell in cells])
-            for name, title in names.items()
-        ]
-
-    rooms = FileSystemLoader(Path(__file__).parent)
-    return (
-        Environment(loader=rooms, autoescape=True)
-        .get_template("page.html")
-        .render(
-            report=report,
-            facts=report.facts,
-            headline=formats.headline(report),
-            sign=formats.SIGN,
-            direction=lambda c: formats.heading(c).removeprefix(c.name).strip(" ()"),
-            partial=lambda c: formats.partial_text(report, c),
-            score=formats.score_text,
-            gain=lambda cell, column: formats.gain_text(cell, column, report.reference),
-            number=formats.number,
-            power=[text for c in report.columns if (text := formats.power(report, c))],
-            gaps=formats.reasons(report),
-            forests=[(column, svg) for column, svg in drawn if svg],
-            curves=plots.training(report),
-            tasks=tasks,
-            measured=[cell for cell in report.cells.values() if not cell.reason],
-            dict=dict,
-        )
+    room = Path(__file__).parent
+    shown = panels(report)
+    data = {name: panel.data for name, panel in shown.items() if panel.data}
+    script, style = (room / "page.js").read_text(), (room / "page.css").read_text()
+    environment = Environment(
+        loader=FileSystemLoader(room),
+        autoescape=True,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    return environment.get_template("page.html").render(
+        report=report,
+        headline=formats.headline(report),
+        panels=shown,
+        svg=Markup,  # of our own drawing
+        script=Markup(script),
+        script_hash=Markup(_hash(script)),
+        style=Markup(style),
+        style_hash=Markup(_hash(style)),
+        data=Markup(script_json(data)),
+    )
+
+
+def _finalize(value: Any) -> Any:
+    """Everything that the template prints goes through here before it is escaped."""
+    return plain(value) if type(value) is str else value
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

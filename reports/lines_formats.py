@@ -1,14 +1,18 @@
-"""Reference lines and the table by domain as Markdown, plain text and CSV."""
+"""Reference lines and the table by domain as Markdown, for a terminal, and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from reports.lines import BEST, EMERGENT, FORGOTTEN, GAP, ITEM_ORACLE, TASK_ORACLE, WON, Line
 from reports.table import Column, Report
 from reports.text import escape, interval, number
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _OF_ROWS = (GAP, FORGOTTEN, EMERGENT)
 NOTE = (
@@ -112,16 +116,19 @@ def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [text[0], "|" + " --- |" * len(heading), *text[1:]]
 
 
-def plain(report: Report) -> list[str]:
-    """The lines for a terminal, one each."""
-    columns = {column.name: column for column in report.columns}
-    out = []
-    for line in report.lines:
-        shown = share_text(line)
-        if line.name in _SOURCES:
-            shown = score_text(line, columns[line.suite])
-        where = " · ".join(part for part in (line.suite, line.row, line.name) if part)
-        out.append(f"{where}: {shown}")
+def terminal(report: Report) -> list[RenderableType]:
+    """The tables for rich to print."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out: list[RenderableType] = []
+    for title, heading, body in tables(report):
+        table = Table(title=Text(title), title_justify="left")
+        for name in heading:
+            table.add_column(Text(name))
+        for row in body:
+            table.add_row(*(Text(cell) for cell in row))
+        out.append(table)
     return out
 
 

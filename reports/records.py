@@ -7,6 +7,7 @@ not fit is an error that names the file.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,32 @@ def read_samples(run: Run | Path | str) -> pd.DataFrame:
     frame = pd.concat([_read(path, SAMPLE_KEY, sealed=True) for path in paths], ignore_index=True)
     _no_duplicates(run.folder / "samples-*.parquet", frame, SAMPLE_KEY)
     return frame
+
+
+def read_pack(
+    run: Run, names: Collection[str], sealed: bool
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Records of some parts of a run by (task, doc_id); a part that the run lacks gives none.
+
+    sealed: hold each part to its seal, as `read_samples` does. ValueError names a bad part.
+    """
+    out = {}
+    for name in names:
+        path = run.folder / name
+        if path.is_file():
+            for record in _read(path, SAMPLE_KEY, sealed).to_dict("records"):
+                out[record["task"], record["doc_id"]] = {str(k): v for k, v in record.items()}
+    return out
+
+
+def read_prompts(path: Path, wanted: Collection[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """What the model was asked, of the items that are wanted, by (task, doc_id)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; `kfuse report` writes it again")
+    frame = _read(path, (*SAMPLE_KEY, "prompt"))
+    frame = frame[frame.doc_id.isin({doc_id for _, doc_id in wanted})]
+    rows = zip(frame.task, frame.doc_id, frame.prompt, strict=True)
+    return {(task, doc_id): text for task, doc_id, text in rows if (task, doc_id) in wanted}
 
 
 def read_scores(run: Run | Path | str) -> pd.DataFrame:

@@ -19,7 +19,8 @@ def write(index: Path) -> dict[str, Path]:
     for name, (file, text) in made.items():
         path = index.with_name(file)
         partial = path.with_name(f".{file}.{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
+        # A name may hold half a surrogate pair, which no file can.
+        partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
         out[name] = path
     return out

@@ -36,11 +36,22 @@ def signature(manifest: Mapping[str, Any], n: int, n_total: int, task: str | Non
     parts["n"] = f"{n}/{n_total}"
     parts["seed"] = str(manifest.get("seed"))
     parts["dtype"] = str(manifest.get("dtype"))
+    parts["engine"] = _engine(manifest.get("engine") or {})
     parts["lm_eval"] = str(manifest.get("lm_eval"))
     if manifest.get("mixing"):
         parts["mixing"] = str(manifest["mixing"])
     parts["model"] = f"{manifest['row']}@{str(manifest['model_identity'])[:8]}"
     return "|".join(f"{key}:{value}" for key, value in parts.items())
+
+
+def _engine(engine: Mapping[str, Any]) -> str:
+    """What measured: the model class, how it scores, generates and attends, and on what."""
+    said = []
+    for key, value in engine.items():
+        text = "/".join(map(str, value)) if isinstance(value, list) else str(value)
+        if key != "dtype":
+            said.append(f"{key} {text}" if text[:1].isdigit() else text)
+    return ",".join(said) or "unknown"
 
 
 def differences(manifest: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:

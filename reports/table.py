@@ -9,7 +9,7 @@ only between runs whose signatures differ in nothing but the model. Not measured
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,7 @@ class Report:
     published: tuple[dict[str, Any], ...] = ()  # what papers printed for rows of this report
     lines: tuple[Line, ...] = ()  # reference lines
     domains: dict[str, Any] | None = None  # a paper's table of bits per byte by domain
+    extra: dict[str, Any] = field(default_factory=dict)  # what else harness gathered, by panel
     seeded: tuple[Seeded, ...] = ()  # variants that have several training seeds
 
     def cell(self, row: str, suite: str) -> Cell:
@@ -176,6 +177,7 @@ def read(index: Path) -> Report:
         published=tuple(content.get("published", ())),
         lines=lines(content, opened),
         domains=content.get("domains"),
+        extra=content.get("extra", {}),
         seeded=seeded(content, opened),
     )
 

@@ -51,7 +51,23 @@ def test_from_yaml_to_report(finished: Path) -> None:
     page = report(finished, "html").read_text()
     differ = suites[suites.gain_low.notna()].suite.nunique()
     assert differ >= 2
-    assert page.count("<svg") == differ + 1  # a figure of gains each, and the training curves
+    drawn = re.findall(r'<svg role="img" aria-label="(.*?) ', page)
+    assert drawn.count("Gains") == differ
+    assert drawn.count("Training:") == 3  # losses, and coverage
+    for panel in (
+        "items",
+        "health",
+        "contamination",
+        "references",
+        "wins",
+        "quality",
+        "costs",
+        "provenance",
+    ):
+        assert f'<section id="{panel}"' in page
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])["items"]
+    asked = {data["texts"][i["asked"][0]] for s in data["suites"] for i in s["items"]}
+    assert any("the brook had left its bed" in prompt for prompt in asked)
     assert not re.search(r'(?:src|href)="(?!#)', page)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fusion.corpus import read_blocks, text_bytes
@@ -19,7 +21,8 @@ from harness.build import build
 from harness.costs import Meter, source_lengths
 from harness.measuring import measure_rows
 from harness.plan import Plan, plan
-from harness.recipe import parse
+from harness.recipe import Loaded, parse
+from harness.report import write
 from harness.store import read_manifest
 
 RECIPE = """
@@ -42,7 +45,9 @@ reference: equal
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     made = plan(parse(RECIPE, "r"), tmp_path_factory.mktemp("home"))
-    assert build(made, ["merged", "town"]) == {}
+    assert build(made, ["merged", "town", "pack"]) == {}
+    rows = ["llama", "gemma", "fused", "pack"]
+    assert measure_rows(made, {row: made.evaluations(row) for row in rows}) == {}
     return made
 
 
@@ -128,12 +133,9 @@ def test_the_blocks_that_each_source_won(built: Plan) -> None:
 
 
 def test_a_fused_row_costs_one_forward_and_an_ensemble_all_of_them(built: Plan) -> None:
-    rows = ["llama", "gemma", "fused", "pack"]
-    assert build(built, ["pack"]) == {}
-    todo = {row: [s for s in built.evaluations(row) if s.name == "tiny_choice"] for row in rows}
-    assert measure_rows(built, todo) == {}
     costs = {}
-    for row, (step,) in todo.items():
+    for row in ("llama", "gemma", "fused", "pack"):
+        (step,) = built.evaluations(row)
         found = read_manifest(step.folder)
         assert found
         costs[row] = found["cost"]
@@ -149,6 +151,34 @@ def test_a_fused_row_costs_one_forward_and_an_ensemble_all_of_them(built: Plan) 
         assert folder
         model = size(load_model(folder))
         assert costs[row]["flops"] > 2 * model.body * costs[row]["tokens"]
+
+
+def test_the_report_shows_what_rows_cost_and_beside_what_they_stand(built: Plan) -> None:
+    loaded = Loaded("demo", RECIPE, (), built.recipe)
+    index, files = write(built, loaded, {})
+    rows = {row["name"]: row for row in json.loads(index.read_text())["rows"]}
+    assert {name: row["target"] for name, row in rows.items()} == {
+        **dict.fromkeys(("llama", "fused", "equal", "town", "merged"), "llama"),
+        "gemma": "gemma",
+        "pack": None,
+    }
+    assert rows["fused"]["sources"] == rows["pack"]["sources"] == ["llama", "gemma"]
+    assert rows["merged"]["sources"] == ["fused", "equal"]
+    assert sum(rows["fused"]["won"].values()) == 5
+    text = files["markdown"].read_text()
+    for heading in ("Reference lines", "Rows beside their sources", "Blocks of the", "Cost"):
+        assert f"## {heading}" in text
+    costs = pd.read_csv(files["costs"])
+    stages = list(costs[costs.row == "fused"].stage)
+    assert stages == ["pack", "capture", "map", "capture", "map", "train", "evaluate"]
+    assert costs[costs.stage == "train"].flops.notna().all()
+    lines = pd.read_csv(files["lines"])
+    assert set(lines[lines.row == "fused"].line) == {
+        "blocks won",
+        "gap recovered",
+        "forgotten",
+        "emergent",
+    }
 
 
 def test_a_domain_is_trained_on_alone(built: Plan) -> None:

@@ -1,0 +1,186 @@
+"""Panels on what numbers are worth: published beside measured, health, contamination, origin."""
+
+from __future__ import annotations
+
+from reports.calibration import Verdict, calibrate
+from reports.formats import FAILURES
+from reports.panels import MISSING, Draw, Panel, Table, Value, count, words
+from reports.table import Cell, Report
+from reports.text import interval, signed
+
+
+def published(report: Report) -> Panel | None:
+    """Published numbers beside the measured ones, with protocol, verdict and what n can tell."""
+    found = calibrate(report)
+    if not found:
+        return None
+    lines = tuple(_beside(report, entry) for entry in found)
+    head = ["row", "suite", "task", "published, %", "measured, %", "difference", "± of n items"]
+    head += ["verdict", "protocol", "source"]
+    tables = [Table("Scores", head, lines)]
+    told = tuple(line for entry in found if (line := _gain_beside(report, entry, found)))
+    if told:
+        head = ["row", "suite", "published gain", "measured gain", "95 % interval", "verdict"]
+        head += ["smallest gain shown", "could these items show the published gain?"]
+        tables.append(Table(f"Gains over {report.reference}, points", head, told))
+    text = (
+        "An untouched source, on the same questions, should land on its published value: there is "
+        "no draw of questions between the two numbers. Believe no gain before the sources match.",
+    )
+    return Panel("Published beside measured", text, tables=tuple(tables))
+
+
+def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
+    cell = report.cell(entry.row, entry.suite)
+    task = next((t for t in cell.tasks if t.title == entry.task), None)
+    low, high = (task.low, task.high) if task else (cell.low, cell.high)
+    sign = task.signature if task else cell.signature
+    measured = difference = reach = MISSING
+    if entry.measured is not None and entry.difference is not None:
+        measured = Value(f"{100 * entry.measured:.2f}", entry.measured, sign)
+        difference = Value(f"{100 * entry.difference:+.2f}", entry.difference, sign)
+        if low is not None and high is not None:
+            reach = Value(f"{50 * (high - low):.2f}", high - low, sign)
+    tone = {"matched": "better", "off": "worse"}.get(entry.verdict, "gap")
+    protocol = sign.split("|")[0].partition("@")[2]
+    return (
+        words(entry.row),
+        words(entry.suite),
+        words(entry.task),
+        Value(f"{100 * entry.published:.2f}", entry.published, f"published: {entry.source}"),
+        measured,
+        difference,
+        reach,
+        words(entry.verdict, tone=tone, note=entry.reason),
+        words(protocol or "–"),
+        words(entry.source),
+    )
+
+
+def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[Value, ...] | None:
+    """A published gain of a suite's average over the reference, beside the measured one."""
+    cell = report.cell(entry.row, entry.suite)
+    base = next(
+        (
+            other
+            for other in found
+            if (other.row, other.suite, other.task) == (report.reference, entry.suite, entry.task)
+        ),
+        None,
+    )
+    if base is None or cell.gain is None or entry.row == report.reference:
+        return None
+    if entry.task in {task.title for task in cell.tasks}:
+        return None  # of a task; the report's gains are of suites
+    column = next(c for c in report.columns if c.name == entry.suite)
+    gain, printed = cell.gain, entry.published - base.published
+    able = "no item differs" if gain.detectable <= 0 else "yes"
+    if gain.detectable > abs(printed):
+        able = "no: it is below what they show with 80 % power"
+    shown = f"{100 * gain.detectable:.1f}" if gain.detectable > 0 else "–"
+    return (
+        words(entry.row),
+        words(f"{entry.suite}, {entry.task}"),
+        Value(f"{100 * printed:+.2f}", printed, f"published: {entry.source}"),
+        Value(signed(gain.value, column), gain.value, cell.signature),
+        Value(interval(gain.low, gain.high, column, with_sign=True) or "–", gain.low),
+        words(gain.verdict, tone=gain.verdict),
+        Value(shown, gain.detectable or None, cell.signature),
+        words(able),
+    )
+
+
+def health(report: Report) -> Panel | None:
+    """How many items went otherwise than meant, by row and suite; a dash where nobody counted."""
+    lines = []
+    for cell in report.cells.values():
+        counts = dict(cell.health)
+        if cell.reason or not counts:
+            continue
+        line = [words(cell.row), words(cell.suite), _items(cell)]
+        for kind in FAILURES:
+            found = counts.get(kind)
+            if found is None:
+                line.append(MISSING)
+                continue
+            share = f"{100 * found / cell.n:.1f} %" if found and cell.n else ""
+            tone = "worse" if found else ""
+            line.append(Value(f"{found:,}", found, cell.signature, tone=tone, note=share))
+        lines.append(tuple(line))
+    if not lines:
+        return None
+    text = (
+        "An item may count in two columns. Only what could not be judged is left out of a score; "
+        "the rest counts as it was answered.",
+    )
+    head = ["row", "suite", "items", *FAILURES.values()]
+    table = Table("Items that did not go as meant", head, tuple(lines))
+    return Panel("Health", text, tables=(table,))
+
+
+def _items(cell: Cell) -> Value:
+    whole = f"{cell.n:,} of {cell.n_total:,}" if cell.partial else f"{cell.n:,}"
+    return Value(whole, cell.n, cell.signature)
+
+
+def contamination(report: Report) -> Panel | None:
+    """How many questions share a long run of words with what the rows were trained on."""
+    from reports.statistics import wilson
+
+    lines = []
+    for entry in report.extra.get("contamination", ()):
+        told = entry["items"] - entry["short"]
+        share = interval_text = MISSING
+        if told:
+            low, high = wilson(entry["found"], told)
+            value = entry["found"] / told
+            tone = "worse" if entry["found"] else ""
+            share = Value(f"{100 * value:.2f}", value, tone=tone)
+            interval_text = Value(f"[{100 * low:.2f}, {100 * high:.2f}]", low)
+        name = words(entry["suite"])
+        counted = [count(entry[key]) for key in ("items", "short", "found")]
+        lines.append((name, *counted, share, interval_text, count(entry["corpus_words"])))
+    if not lines:
+        return None
+    n = report.extra["contamination"][0]["n"]
+    text = (
+        f"A question counts if any {n} words of it in a row (lower case, punctuation aside) stand "
+        f"in the text that the rows of this report were trained on. What has fewer than {n} words "
+        "cannot tell. What the sources had read before is not known.",
+    )
+    head = ["suite", "items", f"under {n} words", "with an overlap", "share, %", "95 % interval"]
+    table = Table("Questions in the corpus", [*head, "words of the corpus"], tuple(lines))
+    return Panel("Contamination", text, tables=(table,))
+
+
+def provenance(report: Report) -> Panel | None:
+    """What made these numbers: machine, versions, commit, seed, recipe, identities, signatures."""
+    facts = report.facts
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    text = [
+        f"{facts.get('machine')} · {facts.get('created')} · commit {facts.get('commit') or '–'}",
+        packages,
+    ]
+    if report.extra.get("seed") is not None:
+        text.append(f"Seed {report.extra['seed']}.")
+    if report.overrides:
+        text.append(f"Overrides: {' '.join(report.overrides)}")
+    code = [("Recipe as written", report.recipe_yaml)]
+    if report.extra.get("resolved"):
+        code.append(("Recipe with every default", report.extra["resolved"]))
+    signatures = [cell.signature for cell in report.cells.values() if cell.signature]
+    code.append(("Signatures of all scores", "\n".join(signatures)))
+    lines = [
+        (words(row["name"]), words(row["kind"]), words(row["summary"]), words(row["identity"]))
+        for row in report.rows
+    ]
+    table = Table("Rows", ("row", "kind", "how it is made", "identity"), tuple(lines))
+    return Panel("Provenance", tuple(text), tables=(table,), code=tuple(code))
+
+
+PANELS: dict[str, Draw] = {
+    "published": published,
+    "health": health,
+    "contamination": contamination,
+}
+LAST: dict[str, Draw] = {"provenance": provenance}
