@@ -119,8 +119,9 @@ class FlopCounter:
         self.size = size(model)
         self.flops = 0
         self.device = model.device
+        # Not the base model: OPT's causal LM calls its decoder by itself.
         self.hooks = [
-            model.base_model.register_forward_pre_hook(self._body, with_kwargs=True),
+            model.get_decoder().register_forward_pre_hook(self._body, with_kwargs=True),
             model.get_output_embeddings().register_forward_pre_hook(self._head),
         ]
 

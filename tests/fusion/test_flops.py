@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, OPTConfig
 
 from fusion.flops import FlopCounter, Size, forward, of_steps, size, steps_within, training
 from fusion.models import causal_pattern, hidden_states, load_model, skeleton
@@ -68,6 +68,25 @@ def test_the_counter_sees_caches_patterns_and_which_positions_reach_the_head(
         plain = model(input_ids=ids[:1, :5], use_cache=True)
         model(input_ids=ids[:1, 5:6], past_key_values=plain.past_key_values, use_cache=True)
     assert counter.flops == torchs.get_total_flops()
+
+
+def test_a_decoder_inside_the_base_model_is_counted_whoever_calls_it() -> None:
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    counter, ids = FlopCounter(model), torch.randint(0, 60, (1, 9))
+    model(input_ids=ids, use_cache=False)
+    assert counter.flops == forward(counter.size, [9])
+    counter.remove()
+    model(input_ids=ids, use_cache=False)
+    assert counter.flops == forward(counter.size, [9])
 
 
 @given(
