@@ -44,42 +44,23 @@ from harness.generation import (
     sampling,
     together,
 )
-from harness.packing import alike, batches, beginnings, filled
+from harness.packing import (
+    Row,
+    Tree,
+    alike,
+    batches,
+    beginnings,
+    filled,
+    tree_row,
+    tree_size,
+    wanted_slots,
+)
 
 PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
 SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's length if more
 CPU_POSITIONS = 1024  # a forward on the CPU: wider ones pad more, narrower ones share less work
 
-
 Pair = tuple[list[int], list[int]]  # context ids, continuation ids
-Row = tuple[list[int], list[int], list[int]]  # ids, segments, positions
-Tree = tuple[list[int], list[list[int]], Any]  # context ids, its continuations, who asked
-
-
-def _row(context: list[int], continuations: list[list[int]]) -> Row:
-    """A context and its continuations side by side, less their last: ids, segments, positions."""
-    ids, segments = list(context), [0] * len(context)
-    positions = list(range(len(context)))
-    for number, tokens in enumerate(continuations, 1):
-        own = len(tokens) - 1
-        ids += tokens[:-1]
-        segments += [number] * own
-        positions += range(len(context), len(context) + own)
-    return ids, segments, positions
-
-
-def _wanted(context: int, continuations: list[list[int]]) -> Iterator[tuple[list[int], list[int]]]:
-    """The slots of such a row whose next tokens are each continuation's, and those tokens."""
-    start = context
-    for tokens in continuations:
-        own = range(start, start + len(tokens) - 1)
-        yield [context - 1, *own][: len(tokens)], tokens
-        start = own.stop
-
-
-def _size(tree: Tree) -> int:
-    """Tokens of the row that a tree becomes."""
-    return len(tree[0]) + sum(max(0, len(tokens) - 1) for tokens in tree[1])
 
 
 @register_model("kfuse")
@@ -227,7 +208,7 @@ class SharedPrefixLM(TemplateLM):
         if not self._shares:
             return [self._score_plainly(context, xs[0]) for context, xs, _ in trees]
         alone = [trees[i] for i in rest]
-        for batch in batches([_size(tree) for tree in alone], self.batch_tokens):
+        for batch in batches([tree_size(tree) for tree in alone], self.batch_tokens):
             found = self._score_trees([alone[i] for i in batch], contexts)
             for index, scored in zip(batch, found, strict=True):
                 out.update(zip(alone[index][2], scored, strict=True))
@@ -244,10 +225,10 @@ class SharedPrefixLM(TemplateLM):
         device = self.model.device
         cache = self._begun(trees[0][0][:length])
         with torch.inference_mode():
-            sizes = [_size(tree) - length for tree in trees]
+            sizes = [tree_size(tree) - length for tree in trees]
             for some in filled(sizes, min(self.batch_tokens, max(length // 2, PACKED))):
                 pack = [trees[i] for i in some]
-                rows = [_row(context[length:], xs) for context, xs, _ in pack]
+                rows = [tree_row(context[length:], xs) for context, xs, _ in pack]
                 ids, segments, positions = (
                     torch.tensor([x for row in rows for x in row[i]], device=device)
                     for i in range(3)
@@ -263,7 +244,7 @@ class SharedPrefixLM(TemplateLM):
                 slots, gold, sizes_ = [], [], []
                 start = 0
                 for (context, xs, _), row in zip(pack, rows, strict=True):
-                    for at, tokens in _wanted(len(context) - length, xs):
+                    for at, tokens in wanted_slots(len(context) - length, xs):
                         slots += [start + slot for slot in at]
                         gold += tokens
                         sizes_.append(len(tokens))
@@ -283,10 +264,10 @@ class SharedPrefixLM(TemplateLM):
 
     def _score_trees(self, trees: Sequence[Tree], contexts: bool = False) -> list[list[Scored]]:
         """One row a tree: context, then its continuations side by side, less their last token."""
-        rows = [_row(context, continuations) for context, continuations, _ in trees]
+        rows = [tree_row(context, continuations) for context, continuations, _ in trees]
         at_row, at_slot, gold, sizes = [], [], [], []
         for number, (context, continuations, _) in enumerate(trees):
-            wanted = list(_wanted(len(context), continuations))
+            wanted = list(wanted_slots(len(context), continuations))
             if contexts:
                 wanted.insert(0, (list(range(len(context) - 1)), context[1:]))
             for slots, tokens in wanted:
