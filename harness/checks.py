@@ -182,6 +182,8 @@ def suites(raw: Mapping) -> Problems:
             yield f"evaluate.limit.{suite}", f"{count} is not right; should be at least 1"
     if isinstance(limit, int) and limit < 1:
         yield "evaluate.limit", f"{limit} is not right; should be at least 1"
+    if evaluate.get("backend") == "vllm" and _mapping(raw, "machine").get("shards", 1) != 1:
+        yield "machine.shards", "backend vllm runs in one process only: 1"
 
 
 def close(word: str, known: Sequence[str]) -> str:

@@ -6,13 +6,14 @@ output head, and log-softmax and sums are float32 or better. Tokenization, trunc
 lm-eval's own. Where the plain model is not reproduced (ALiBi, recurrence, ...), each choice has a
 plain row of its own, and `notes` says so.
 
-Registered with lm-eval as "kfuse".
+Registered with lm-eval as "kfuse": `python -m harness.scoring` is lm-eval's command line with it.
 
 Shapes: B rows, T positions, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import get_model, register_model
 from torch import Tensor
 
 from fusion.errors import RunError
@@ -68,7 +69,8 @@ class SharedPrefixLM(TemplateLM):
     """An lm-eval model that scores all choices of a question in one row.
 
     pretrained: a model folder. dtype: float32 or bfloat16. batch_tokens: positions a forward pass
-    (on the CPU at most CPU_POSITIONS). seed: of samples, where a request asks for them.
+    (on the CPU at most CPU_POSITIONS). seed: of samples, where a request asks for them. batch_size
+    and max_batch_size are lm-eval's and not used: what goes together follows from lengths.
 
     notes: sentences for a report, one for each thing that is not done the usual way. engine: what
     computed the scores: name, scoring ("tree" or "rows"), generation ("cache" or "transformers"),
@@ -84,22 +86,20 @@ class SharedPrefixLM(TemplateLM):
         generate_rows: int | str = 32,
         max_length: int | None = None,
         batch_size: Any = None,
+        max_batch_size: Any = None,
         seed: int | str = 17,
-        **_: Any,
     ) -> None:
         super().__init__()
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = device or "cuda"
+        if place.startswith("cuda") and not torch.cuda.is_available():
+            place = "cpu"  # lm-eval's command line asks for cuda:0 unless told otherwise
         self.model = load_model(pretrained, dtype, place)
         self.tokenizer = load_tokenizer(pretrained)
         on_cpu = torch.device(place).type == "cpu"
         self.batch_tokens = min(int(batch_tokens), CPU_POSITIONS) if on_cpu else int(batch_tokens)
         self.generate_rows, self.seed = int(generate_rows), int(seed)
-        known = (
-            getattr(
-                self.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-            )
-            or 2048
-        )
+        config = self.model.config.get_text_config(decoder=True)
+        known = getattr(config, "max_position_embeddings", None) or 2048
         self.max_length = int(max_length or known)
         self.max_gen_toks = 256
         self.forward_tokens = 0  # what went through the model, for the cost ledger
@@ -369,13 +369,29 @@ class SharedPrefixLM(TemplateLM):
         return ids, Stopper(self.tokenizer, [stop for stop in until if stop], ends, most)
 
 
-def stock(pretrained: str, device: str, dtype: str = "float32", batch_size: int = 16) -> LM:
-    """lm-eval's own transformers backend on the same weights: the oracle and the peer."""
-    from lm_eval.models.huggingface import HFLM
+def stock(pretrained: str, device: str, dtype: str = "float32", backend: str = "hf") -> LM:
+    """lm-eval's own model on the same weights: its transformers backend, or vLLM.
 
-    return HFLM(
-        pretrained, device=device, dtype=dtype, batch_size=batch_size, softmax_dtype="float32"
-    )
+    Scores are float32 sums whatever the dtype. ImportError if a backend's library is not there.
+    """
+    if backend == "hf":
+        own: dict[str, Any] = {"device": device, "batch_size": 16, "softmax_dtype": "float32"}
+    else:
+        own = {"batch_size": "auto"}  # vLLM finds its device by itself
+    return get_model(backend)(pretrained=pretrained, dtype=dtype, **own)
+
+
+def main() -> None:
+    """lm-eval's own command line, where `--model kfuse` is known: it looks for no plug-ins."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except RunError as error:
+        sys.exit(f"kfuse: {error}")
 
 
 __all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper", "stock"]
+
+if __name__ == "__main__":
+    main()

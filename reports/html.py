@@ -38,6 +38,7 @@ def page(report: Report) -> str:
             number=formats.number,
             power=[text for c in report.columns if (text := formats.power(report, c))],
             gaps=formats.reasons(report),
+            notes=formats.notes(report),
             forests=[(column, svg) for column, svg in drawn if svg],
             curves=plots.training(report),
             tasks=tasks,
