@@ -374,6 +374,8 @@ def stock(pretrained: str, device: str, dtype: str = "float32", backend: str = "
 
     Scores are float32 sums whatever the dtype. ImportError if a backend's library is not there.
     """
+    import lm_eval.models  # noqa: F401  # only then are their names known
+
     if backend == "hf":
         own: dict[str, Any] = {"device": device, "batch_size": 16, "softmax_dtype": "float32"}
     else:

@@ -1,4 +1,4 @@
-"""Ctrl-C and kill -9 of a measurement in two processes: nothing is lost, no process stays behind."""
+"""Ctrl-C and kill -9 of a measurement in two processes: nothing is lost, none stays behind."""
 
 from __future__ import annotations
 
