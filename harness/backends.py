@@ -60,8 +60,9 @@ class StockLM:
     def generate(self, requests: Sequence[Instance]) -> list[Generation]:
         """Generations; one with as many tokens as were allowed counts as cut.
 
-        The backends draw from torch's global generator, which is seeded here by the recipe's seed
-        and the prompts and put back afterwards.
+        lm-eval's hf draws from torch's global generator, which is seeded here by the recipe's seed
+        and the prompts and put back afterwards. vLLM draws from its own: its samples depend on what
+        was asked before, too.
         """
         self._count(requests)
         asked = "\n".join(str(request.args[0]) for request in requests)
