@@ -29,6 +29,7 @@ from fusion.training import Blocks, collate
 from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
 from harness.build import build, device, model_folder
+from harness.parity import parity
 from harness.peers import scoring
 from harness.plan import Plan, plan
 from harness.progress import say
@@ -202,6 +203,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "capture": capture,
     "loss": loss,
     "scoring": scoring,
+    "parity": parity,
 }
 
 

@@ -208,6 +208,8 @@ def suites(raw: Mapping) -> Problems:
             yield where, f"not among evaluate.suites: {', '.join(map(str, suites))}"
         elif isinstance(value, (int, float)) and not value > 0:
             yield where, f"{value} is not right; should be greater than 0"
+    if evaluate.get("backend") == "vllm" and _mapping(raw, "machine").get("shards", 1) != 1:
+        yield "machine.shards", "backend vllm runs in one process only: 1"
 
 
 def close(word: str, known: Sequence[str]) -> str:

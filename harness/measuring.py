@@ -10,6 +10,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from fusion.vocabulary import load_map
+from harness.backends import StockLM
 from harness.build import device, model_folder
 from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, answer, load, unfinished
@@ -111,10 +112,14 @@ class Measuring:
             )
         return self.suites[step.name]
 
-    def _open(self, row: str) -> SharedPrefixLM | EnsembleLM:
+    def _open(self, row: str) -> SharedPrefixLM | StockLM | EnsembleLM:
         variant = self.plan.recipe.variants.get(row)
         if variant is None or variant.ensemble is None:
-            return self._model(row)
+            recipe, backend = self.plan.recipe, self.plan.recipe.evaluate.backend
+            if backend == "kfuse":
+                return self._model(row)
+            folder, place = str(model_folder(self.plan, row)), self.device or device(self.plan)
+            return StockLM(folder, backend, recipe.evaluate.dtype, place, recipe.seed)
         ensemble = variant.ensemble
         maps = [
             load_map(step.folder / "map.npz")

@@ -11,6 +11,37 @@ CHOICE_ITEMS = 64  # items whose log-likelihoods are written together
 BEGINNING = 400  # characters that all prompts of a task begin with, for it to go through alone
 ALONE = 8  # items of a task for that; fewer fill no batch
 
+Row = tuple[list[int], list[int], list[int]]  # ids, segments, positions
+Tree = tuple[list[int], list[list[int]], Any]  # context ids, its continuations, who asked
+
+
+def tree_row(context: list[int], continuations: list[list[int]]) -> Row:
+    """A context and its continuations side by side, less their last: ids, segments, positions."""
+    ids, segments = list(context), [0] * len(context)
+    positions = list(range(len(context)))
+    for number, tokens in enumerate(continuations, 1):
+        own = len(tokens) - 1
+        ids += tokens[:-1]
+        segments += [number] * own
+        positions += range(len(context), len(context) + own)
+    return ids, segments, positions
+
+
+def wanted_slots(
+    context: int, continuations: list[list[int]]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The slots of such a row whose next tokens are each continuation's, and those tokens."""
+    start = context
+    for tokens in continuations:
+        own = range(start, start + len(tokens) - 1)
+        yield [context - 1, *own][: len(tokens)], tokens
+        start += len(own)
+
+
+def tree_size(tree: Tree) -> int:
+    """Tokens of the row that a tree becomes."""
+    return len(tree[0]) + sum(max(0, len(tokens) - 1) for tokens in tree[1])
+
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices in order of length, so many together that padded rows stay within a token budget."""

@@ -347,6 +347,8 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
         "dtype": recipe.evaluate.dtype,
         "version": VERSIONS["evaluate"],
     }
+    if recipe.evaluate.backend != "kfuse" and out.folders[row]:
+        content["backend"] = recipe.evaluate.backend
     known = suite_of(suite)
     if known and known.executes_code:
         content["allow_code_execution"] = recipe.evaluate.allow_code_execution

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError
@@ -39,6 +39,9 @@ class Evaluate(Section):
         "point) or bits, one for all suites or by suite",
     )
     dtype: Dtype = Field("float32", description="of the models when they are measured")
+    backend: Literal["kfuse", "hf", "vllm"] = Field(
+        "kfuse", description="what scores models: our own, or lm-eval's; ensembles are always ours"
+    )
     data: str | None = operational(
         None, "folder with the questions; what they hold counts, not where they lie"
     )

@@ -6,13 +6,14 @@ output head, and log-softmax and sums are float32 or better. Tokenization, trunc
 lm-eval's own. Where the plain model is not reproduced (ALiBi, recurrence, ...), each choice has a
 plain row of its own, and `notes` says so.
 
-Registered with lm-eval as "kfuse".
+Registered with lm-eval as "kfuse": `python -m harness.scoring` is lm-eval's command line with it.
 
 Shapes: B rows, T positions, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import get_model, register_model
 from torch import Tensor
 
 from fusion.errors import RunError
@@ -43,7 +44,17 @@ from harness.generation import (
     sampling,
     together,
 )
-from harness.packing import alike, batches, beginnings, filled
+from harness.packing import (
+    Row,
+    Tree,
+    alike,
+    batches,
+    beginnings,
+    filled,
+    tree_row,
+    tree_size,
+    wanted_slots,
+)
 from harness.rolling import Rolled, joined, windows
 
 PACKED = 512  # tokens that follow a shared beginning in one row, or half its length if more
@@ -51,34 +62,6 @@ SIDE_BY_SIDE = 256  # tokens of continuations that share a row, or the context's
 CPU_POSITIONS = 1024  # a forward on the CPU: wider ones pad more, narrower ones share less work
 
 Pair = tuple[list[int], list[int]]  # context ids, continuation ids
-Row = tuple[list[int], list[int], list[int]]  # ids, segments, positions
-Tree = tuple[list[int], list[list[int]], Any]  # context ids, its continuations, who asked
-
-
-def _row(context: list[int], continuations: list[list[int]]) -> Row:
-    """A context and its continuations side by side, less their last: ids, segments, positions."""
-    ids, segments = list(context), [0] * len(context)
-    positions = list(range(len(context)))
-    for number, tokens in enumerate(continuations, 1):
-        own = len(tokens) - 1
-        ids += tokens[:-1]
-        segments += [number] * own
-        positions += range(len(context), len(context) + own)
-    return ids, segments, positions
-
-
-def _wanted(context: int, continuations: list[list[int]]) -> Iterator[tuple[list[int], list[int]]]:
-    """The slots of such a row whose next tokens are each continuation's, and those tokens."""
-    start = context
-    for tokens in continuations:
-        own = range(start, start + len(tokens) - 1)
-        yield [context - 1, *own][: len(tokens)], tokens
-        start = own.stop
-
-
-def _size(tree: Tree) -> int:
-    """Tokens of the row that a tree becomes."""
-    return len(tree[0]) + sum(max(0, len(tokens) - 1) for tokens in tree[1])
 
 
 @register_model("kfuse")
@@ -86,7 +69,8 @@ class SharedPrefixLM(TemplateLM):
     """An lm-eval model that scores all choices of a question in one row.
 
     pretrained: a model folder. dtype: float32 or bfloat16. batch_tokens: positions a forward pass
-    (on the CPU at most CPU_POSITIONS). seed: of samples, where a request asks for them.
+    (on the CPU at most CPU_POSITIONS). seed: of samples, where a request asks for them. batch_size
+    and max_batch_size are lm-eval's and not used: what goes together follows from lengths.
 
     notes: sentences for a report, one for each thing that is not done the usual way. engine: what
     computed the scores: name, scoring ("tree" or "rows"), generation ("cache" or "transformers"),
@@ -102,22 +86,20 @@ class SharedPrefixLM(TemplateLM):
         generate_rows: int | str = 32,
         max_length: int | None = None,
         batch_size: Any = None,
+        max_batch_size: Any = None,
         seed: int | str = 17,
-        **_: Any,
     ) -> None:
         super().__init__()
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = device or "cuda"
+        if place.startswith("cuda") and not torch.cuda.is_available():
+            place = "cpu"  # lm-eval's command line asks for cuda:0 unless told otherwise
         self.model = load_model(pretrained, dtype, place)
         self.tokenizer = load_tokenizer(pretrained)
         on_cpu = torch.device(place).type == "cpu"
         self.batch_tokens = min(int(batch_tokens), CPU_POSITIONS) if on_cpu else int(batch_tokens)
         self.generate_rows, self.seed = int(generate_rows), int(seed)
-        known = (
-            getattr(
-                self.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-            )
-            or 2048
-        )
+        config = self.model.config.get_text_config(decoder=True)
+        known = getattr(config, "max_position_embeddings", None) or 2048
         self.max_length = int(max_length or known)
         self.max_gen_toks = 256
         self.forward_tokens = 0  # what went through the model, for the cost ledger
@@ -227,7 +209,7 @@ class SharedPrefixLM(TemplateLM):
         if not self._shares:
             return [self._score_plainly(context, xs[0]) for context, xs, _ in trees]
         alone = [trees[i] for i in rest]
-        for batch in batches([_size(tree) for tree in alone], self.batch_tokens):
+        for batch in batches([tree_size(tree) for tree in alone], self.batch_tokens):
             found = self._score_trees([alone[i] for i in batch], contexts)
             for index, scored in zip(batch, found, strict=True):
                 out.update(zip(alone[index][2], scored, strict=True))
@@ -244,10 +226,10 @@ class SharedPrefixLM(TemplateLM):
         device = self.model.device
         cache = self._begun(trees[0][0][:length])
         with torch.inference_mode():
-            sizes = [_size(tree) - length for tree in trees]
+            sizes = [tree_size(tree) - length for tree in trees]
             for some in filled(sizes, min(self.batch_tokens, max(length // 2, PACKED))):
                 pack = [trees[i] for i in some]
-                rows = [_row(context[length:], xs) for context, xs, _ in pack]
+                rows = [tree_row(context[length:], xs) for context, xs, _ in pack]
                 ids, segments, positions = (
                     torch.tensor([x for row in rows for x in row[i]], device=device)
                     for i in range(3)
@@ -263,7 +245,7 @@ class SharedPrefixLM(TemplateLM):
                 slots, gold, sizes_ = [], [], []
                 start = 0
                 for (context, xs, _), row in zip(pack, rows, strict=True):
-                    for at, tokens in _wanted(len(context) - length, xs):
+                    for at, tokens in wanted_slots(len(context) - length, xs):
                         slots += [start + slot for slot in at]
                         gold += tokens
                         sizes_.append(len(tokens))
@@ -283,10 +265,10 @@ class SharedPrefixLM(TemplateLM):
 
     def _score_trees(self, trees: Sequence[Tree], contexts: bool = False) -> list[list[Scored]]:
         """One row a tree: context, then its continuations side by side, less their last token."""
-        rows = [_row(context, continuations) for context, continuations, _ in trees]
+        rows = [tree_row(context, continuations) for context, continuations, _ in trees]
         at_row, at_slot, gold, sizes = [], [], [], []
         for number, (context, continuations, _) in enumerate(trees):
-            wanted = list(_wanted(len(context), continuations))
+            wanted = list(wanted_slots(len(context), continuations))
             if contexts:
                 wanted.insert(0, (list(range(len(context) - 1)), context[1:]))
             for slots, tokens in wanted:
@@ -388,13 +370,31 @@ class SharedPrefixLM(TemplateLM):
         return ids, Stopper(self.tokenizer, [stop for stop in until if stop], ends, most)
 
 
-def stock(pretrained: str, device: str, dtype: str = "float32", batch_size: int = 16) -> LM:
-    """lm-eval's own transformers backend on the same weights: the oracle and the peer."""
-    from lm_eval.models.huggingface import HFLM
+def stock(pretrained: str, device: str, dtype: str = "float32", backend: str = "hf") -> LM:
+    """lm-eval's own model on the same weights: its transformers backend, or vLLM.
 
-    return HFLM(
-        pretrained, device=device, dtype=dtype, batch_size=batch_size, softmax_dtype="float32"
-    )
+    Scores are float32 sums whatever the dtype. ImportError if a backend's library is not there.
+    """
+    import lm_eval.models  # noqa: F401  # only then are their names known
+
+    if backend == "hf":
+        own: dict[str, Any] = {"device": device, "batch_size": 16, "softmax_dtype": "float32"}
+    else:
+        own = {"batch_size": "auto"}  # vLLM finds its device by itself
+    return get_model(backend)(pretrained=pretrained, dtype=dtype, **own)
+
+
+def main() -> None:
+    """lm-eval's own command line, where `--model kfuse` is known: it looks for no plug-ins."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except RunError as error:
+        sys.exit(f"kfuse: {error}")
 
 
 __all__ = ["LM", "Generation", "Instance", "Pair", "Scored", "SharedPrefixLM", "Stopper", "stock"]
+
+if __name__ == "__main__":
+    main()

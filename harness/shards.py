@@ -8,12 +8,11 @@ little. A process that dies takes its pack with it, and no other.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -122,15 +121,15 @@ def _work(plan: Plan, row: str, steps: Sequence[Step], share: Share, sender: Con
 
     from harness.measuring import Measuring
 
-    parent = os.getppid()  # another one once the command itself was killed
+    # Not the parent's number: that is the server's, which lives on as long as its children.
+    command = parent_process()
+    assert command
     torch.set_num_threads(share.threads)
     measuring = Measuring(plan, share.device)
     try:
         for step in steps:
             try:
-                measuring.answer(
-                    row, step, share.shard, share.shards, lambda: os.getppid() == parent
-                )
+                measuring.answer(row, step, share.shard, share.shards, command.is_alive)
             except RunError as error:
                 sender.send((step.identity, str(error)))
     except BaseException as error:

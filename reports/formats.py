@@ -104,6 +104,15 @@ def reasons(report: Report) -> list[str]:
     return [f"{', '.join(cells)}: {reason}" for reason, cells in grouped.items()]
 
 
+def notes(report: Report) -> list[str]:
+    """What was not done the usual way, equal notes of a row together."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for cell in report.cells.values():
+        for note in cell.notes:
+            grouped.setdefault((cell.row, note), []).append(cell.suite)
+    return [f"{row}, {', '.join(suites)}: {note}" for (row, note), suites in grouped.items()]
+
+
 def terminal(report: Report) -> RenderableType:
     """Rows × suites with gains, then what was not measured and why, for rich to print."""
     from rich.console import Group
@@ -129,6 +138,7 @@ def terminal(report: Report) -> RenderableType:
     if shown:
         lines.append("smallest gain that these items show with 80 % power: " + "; ".join(shown))
     lines += [f"not measured: {text}" for text in reasons(report)]
+    lines += [f"note: {text}" for text in notes(report)]
     return Group(table, *(Text(line) for line in lines), *lines_formats.terminal(report))
 
 
@@ -231,6 +241,7 @@ def markdown(report: Report) -> str:
     if shown:
         lines.append(f"- smallest gain shown with 80 % power: {_escape('; '.join(shown))}")
     lines += [f"- not measured: {_escape(text)}" for text in reasons(report)]
+    lines += [f"- note: {_escape(text)}" for text in notes(report)]
     lines += lines_formats.markdown(report)
     lines += _seeds(report)
     lines += _published(report)

@@ -9,6 +9,7 @@ from reports.formats import (
     SIGN,
     gain_text,
     heading,
+    notes,
     partial_text,
     power,
     reasons,
@@ -51,6 +52,8 @@ def scores(report: Report) -> Panel | None:
             f"The smallest gain that these items show with 80 % power: {'; '.join(shown_power)}."
         )
     text += [f"Not measured: {reason}" for reason in reasons(report)]
+    text += [f"Note: {note}" for note in notes(report)]
+    text += [f"Note: {note}" for note in notes(report)]
     head = ["row", *(column.name for column in report.columns)]
     table = Table("Scores, and gains below them", head, tuple(lines), tuple(notes))
     return Panel("Scores and gains", tuple(text), tables=(table,))

@@ -13,6 +13,12 @@ COMPARED = ("suite", "rule", "protocol", "seed", "limit", "dtype", "lm_eval")
 COMPARED_TASK = ("metric", "higher_is_better", "shots", "n_total", "protocol")
 
 
+def engine(manifest: Mapping[str, Any]) -> str:
+    """What scored a run: kfuse, or the backend of lm-eval's that did."""
+    name = (manifest.get("engine") or {}).get("name") or "kfuse"
+    return "+".join(name) if isinstance(name, list) else str(name)
+
+
 def signature(manifest: Mapping[str, Any], n: int, n_total: int, task: str | None = None) -> str:
     """The signature of a suite's score, or of one task of it; n and n_total count items.
 
@@ -38,6 +44,8 @@ def signature(manifest: Mapping[str, Any], n: int, n_total: int, task: str | Non
     parts["dtype"] = str(manifest.get("dtype"))
     parts["engine"] = _engine(manifest.get("engine") or {})
     parts["lm_eval"] = str(manifest.get("lm_eval"))
+    if engine(manifest) != "kfuse":
+        parts["engine"] = engine(manifest)
     if manifest.get("mixing"):
         parts["mixing"] = str(manifest["mixing"])
     parts["model"] = f"{manifest['row']}@{str(manifest['model_identity'])[:8]}"
@@ -61,6 +69,8 @@ def differences(manifest: Mapping[str, Any], reference: Mapping[str, Any]) -> li
         here, there = manifest.get(key), reference.get(key)
         if here != there:
             found.append(f"{key} is {here}, in the reference {there}")
+    if engine(manifest) != engine(reference):
+        found.append(f"engine is {engine(manifest)}, in the reference {engine(reference)}")
     tasks = {task["task"]: task for task in manifest["tasks"]}
     others = {task["task"]: task for task in reference["tasks"]}
     for name in dict.fromkeys([*tasks, *others]):

@@ -254,7 +254,7 @@ def sign_flip(parts: Array, generator: np.random.Generator, draws: int) -> float
         if len(units) == len(sizes):  # each size once: one sign each, which is faster to draw
             positive = generator.integers(0, 2, size=shape, dtype=np.int8).astype(np.float64)
         else:
-            positive = generator.binomial(counts, 0.5, size=shape)
+            positive = generator.binomial(counts, 0.5, size=shape).astype(np.float64)
         totals = (2 * positive - counts) @ units
         extreme += int((np.abs(totals) >= observed).sum())
     return (1 + extreme) / (1 + draws)

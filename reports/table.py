@@ -86,6 +86,7 @@ class Cell:
     health: tuple[tuple[str, int], ...] = ()
     cost: tuple[tuple[str, float], ...] = ()
     run: str = ""
+    notes: tuple[str, ...] = ()  # what was not done the usual way
 
     @property
     def partial(self) -> bool:
@@ -246,6 +247,7 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
         health=tuple(sorted(run.manifest.get("health", {}).items())),
         cost=tuple(sorted(run.manifest.get("cost", {}).items())),
         run=where,
+        notes=tuple(run.manifest.get("notes") or ()),
     )
 
 

@@ -201,6 +201,28 @@ def test_rows_of_another_protocol_are_not_compared(
     assert f"not comparable: {named}" in cell.no_gain
 
 
+def test_what_was_scored_another_way_is_said_and_not_compared(tmp_path: Path) -> None:
+    gap = {"reason": "not run"}
+    how = {"engine": {"name": "hf"}, "notes": ["ALiBi <b>: a row a choice"]}
+    mixed = {"engine": {"name": ["kfuse", "hf"]}}
+    runs = {
+        "base": {"acc": {"run": run(tmp_path, "base", RIGHT)}, "bits": gap},
+        "own": {
+            "acc": {"run": run(tmp_path, "own", RIGHT, engine={"name": "kfuse"})},
+            "bits": gap,
+        },
+        "other": {"acc": {"run": run(tmp_path, "other", RIGHT, **how)}, "bits": gap},
+        "mixed": {"acc": {"run": run(tmp_path, "mixed", RIGHT, **mixed)}, "bits": gap},
+    }
+    index = store(tmp_path, runs)
+    report = read(index)
+    assert report.cell("own", "acc").gain is not None
+    assert text(report, "other", "acc") == ("not comparable: engine is hf, in the reference kfuse")
+    assert "engine is kfuse+hf" in text(report, "mixed", "acc")
+    assert "- note: other, acc: ALiBi &lt;b&gt;: a row a choice" in markdown(report).splitlines()
+    assert write(index)["html"].read_text().count("ALiBi &lt;b&gt;: a row a choice") == 1
+
+
 def test_missing_items_and_unscored_ones(tmp_path: Path) -> None:
     gap = {"reason": "not run"}
     half = RIGHT.astype(float)
