@@ -46,7 +46,7 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     """
     folder = step.folder
     records = filtered(step, loaded)
-    outcomes = _execute(plan, loaded, records) if loaded.suite.executes_code else {}
+    outcomes, sandbox = _execute(plan, loaded, records)
     rows = [
         row
         for item in loaded.items
@@ -62,7 +62,8 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise world(error, path) from error
-    finish(folder, _manifest(plan, step, loaded, frame, records))
+    manifest = _manifest(plan, step, loaded, frame, records)
+    finish(folder, manifest | ({"sandbox": sandbox} if sandbox else {}))
 
 
 SCORE_COLUMNS = ["task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted"]
@@ -193,14 +194,26 @@ def _engine(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return {k: v[0] if len(v) == 1 else v for k, v in engine.items()}, list(notes)
 
 
-def _execute(plan: Plan, loaded: Loaded, records: dict) -> dict[tuple[str, int], list[str]]:
-    from harness.execution import execute
+def _execute(
+    plan: Plan, loaded: Loaded, records: Records
+) -> tuple[dict[tuple[str, int], list[str]], dict[str, Any]]:
+    """The outcomes of an item's programs, and where they ran: tier, image, versions by language."""
+    if not loaded.suite.executes_code:
+        return {}, {}
+    from harness.execution import execute, toolchains
+    from harness.sandbox import choose
 
+    tier = choose(plan.recipe.evaluate.sandbox)
     programs = [records[item.key] | {"doc": item.doc} for item in loaded.items]
-    with bar(f"{loaded.suite.name} · executing programs", len(programs)) as progress:
+    total = sum(len(program["generation"]) for program in programs)
+    with bar(f"{loaded.suite.name} · executing programs", total) as progress:
         workers = plan.recipe.machine.workers
-        found = execute(programs, allow=True, workers=workers, progress=progress)
-    return {item.key: outcome for item, outcome in zip(loaded.items, found, strict=True)}
+        found = execute(programs, allow=True, workers=workers, tier=tier, progress=progress)
+    where = {"tier": tier.name, "reason": tier.reason}
+    where |= {"image": tier.image, "image_id": tier.image_id} if tier.image else {}
+    versions = toolchains((item.doc for item in loaded.items), tier)
+    named = {item.key: outcome for item, outcome in zip(loaded.items, found, strict=True)}
+    return named, where | {"toolchains": versions}
 
 
 def _manifest(

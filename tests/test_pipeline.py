@@ -48,6 +48,10 @@ def test_from_yaml_to_report(finished: Path) -> None:
     assert suites.signature.str.contains("model:").all()
     text = report(finished, "md").read_text()
     assert all(f"| {row} |" in text for row in ROWS)
+    (path,) = finished.glob("evaluations/llama-tiny_code-*/manifest.json")
+    sandbox = json.loads(path.read_text())["sandbox"]
+    assert sandbox["tier"] in ("namespace", "process")
+    assert sandbox["toolchains"].keys() == {"py"}
     page = report(finished, "html").read_text()
     differ = suites[suites.gain_low.notna()].suite.nunique()
     assert differ >= 2
