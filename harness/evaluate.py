@@ -35,7 +35,7 @@ from harness.store import identity
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
-GENERATED_ITEMS = 64  # items of a pack that generate; log-likelihoods: packing.CHOICE_ITEMS
+GENERATED = 64  # generations of a pack; items of log-likelihoods: packing.CHOICE_ITEMS
 
 
 @dataclass
@@ -190,7 +190,7 @@ def _items(task: str, instances: Sequence[Instance]) -> Iterator[Item]:
 
 def packs(step: Step, loaded: Loaded) -> list[Pack]:
     """All items of a measurement in packs, always the same ones; no machine setting moves them."""
-    formed = list(item_batches(loaded.items, GENERATED_ITEMS))
+    formed = [some for pack in item_batches(loaded.items, GENERATED) for some in _cut(pack)]
     label = {"measurement": step.identity, "protocol": loaded.protocol, "packs": len(formed)}
     return [
         Pack(
@@ -207,6 +207,15 @@ def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
 
     answer(step, loaded, lm)
     score(plan, step, loaded)
+
+
+def _cut(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Items whose generations are no more than a pack's, however often each is sampled."""
+    generates = items[0].requests[0].request_type == "generate_until"
+    times = max(_times(item.requests[0]) for item in items)
+    size = max(1, GENERATED // times) if generates else len(items)
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
 
 
 def answer(

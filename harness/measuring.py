@@ -61,7 +61,7 @@ class Measuring:
     ) -> None:
         """Write a shard's missing records; RunError if data or model cannot be had."""
         loaded = self.suite(step)
-        if self.row != row:
+        if self.row != row and unfinished(step, loaded):
             self.release()
             self.lm, self.row = self._open(row), row
         answer(step, loaded, self.lm, shard, shards, going)

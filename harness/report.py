@@ -140,13 +140,21 @@ def _suite(plan: Plan, name: str, runs: dict[tuple[str, str], Step]) -> dict[str
         manifest = read_manifest(runs[row, name].folder)
         if manifest:
             listed = manifest["tasks"]
-            return {"name": name, "title": _title(name), "rule": manifest["rule"], "tasks": listed}
+            found = {"rule": manifest["rule"], "tasks": listed, "without": _without(name)}
+            return {"name": name, "title": _title(name)} | found
     known = suite_of(name)
     tasks = known.tasks if known else ()
     listed = [
         {"task": t.name, "metric": t.metric, "higher_is_better": t.higher_is_better} for t in tasks
     ]
-    return {"name": name, "title": _title(name), "rule": "macro", "tasks": listed}
+    found = {"rule": "macro", "tasks": listed, "without": _without(name)}
+    return {"name": name, "title": _title(name)} | found
+
+
+def _without(name: str) -> list[str]:
+    """Tasks that a suite's second average leaves out."""
+    known = suite_of(name)
+    return list(known.without) if known else []
 
 
 def _title(name: str) -> str:

@@ -10,7 +10,7 @@ from fusion.errors import RecipeError, RunError
 from harness.plan import Plan, Step, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
-from harness.store import home
+from harness.store import home, read_manifest
 
 ALL = ("build", "evaluate", "report")
 
@@ -27,6 +27,8 @@ def run(
     loaded = load(reference, overrides)
     rows = _rows(loaded, only)
     planned = plan(loaded.recipe, home())
+    if "evaluate" in stages:
+        reopen(planned, rows, dry_run)
     if dry_run:
         print(overview(planned, rows, stages))
         return 0
@@ -74,6 +76,27 @@ def pending(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> list[S
         if not step.done and _may_run(step, recipe.evaluate.allow_code_execution)
     ]
     return [*(builds if "build" in stages else []), *(evaluations if "evaluate" in stages else [])]
+
+
+def reopen(planned: Plan, rows: Sequence[str], dry_run: bool = False) -> None:
+    """Take back the manifests of finished measurements whose files are damaged, and say so.
+
+    What is whole is kept: the measurement goes on, and only what is damaged is done again.
+    """
+    from harness.samples import SCORES, damage
+
+    allowed = planned.recipe.evaluate.allow_code_execution
+    for row in rows:
+        for step in planned.evaluations(row):
+            manifest = read_manifest(step.folder)
+            if not manifest or not _may_run(step, allowed):
+                continue
+            found = damage(step.folder, manifest)
+            for name, what in found.items():
+                again = "scores are derived" if name == SCORES else "its items are measured"
+                say(f"{step.folder / name}: {what}; {again} again")
+            if found and not dry_run:
+                (step.folder / "manifest.json").unlink(missing_ok=True)
 
 
 def _may_run(step: Step, allowed: bool) -> bool:

@@ -21,7 +21,7 @@ from harness.evaluate import Item, Loaded, packs
 from harness.hashing import definition_hash
 from harness.plan import Plan, Step
 from harness.progress import bar
-from harness.samples import read, spent
+from harness.samples import SCORES, read, seals, spent
 from harness.store import finish, identity, read_manifest, world
 
 Records = dict[tuple[str, int], dict[str, Any]]
@@ -54,7 +54,7 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     ]
     frame = pd.DataFrame(rows, columns=SCORE_COLUMNS)
     frame = frame.astype({"value": "float64", "weight": "float64", "doc_id": "int64"})
-    path = folder / "scores.parquet"
+    path = folder / SCORES
     partial = folder / f".{path.name}.{os.getpid()}"
     try:
         frame.to_parquet(partial, index=False)
@@ -63,7 +63,9 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
         partial.unlink(missing_ok=True)
         raise world(error, path) from error
     manifest = _manifest(plan, step, loaded, frame, records)
-    finish(folder, manifest | ({"sandbox": sandbox} if sandbox else {}))
+    if sandbox:
+        manifest |= {"sandbox": sandbox, "programs": _programs(records, outcomes)}
+    finish(folder, manifest)
 
 
 SCORE_COLUMNS = ["task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted"]
@@ -167,6 +169,19 @@ def _health(loaded: Loaded, frame: pd.DataFrame, records: Records) -> dict[str, 
     }
 
 
+def _programs(records: Records, outcomes: dict[tuple[str, int], list[str]]) -> dict[str, int]:
+    """How many programs there were, how many ended how, and how many were cut at the token limit.
+
+    What was cut counts by its ending, too.
+    """
+    from harness.execution import OUTCOMES
+
+    found = [outcome for some in outcomes.values() for outcome in some]
+    cut = sum(record["finish_reason"].count("length") for record in records.values())
+    counts = {word: found.count(word) for word in OUTCOMES}
+    return {"programs": len(found), **counts, "truncated": cut}
+
+
 def _cost(folder: Path) -> dict[str, Any]:
     """What measuring took, all interrupted runs and all processes together, from the ledger.
 
@@ -267,6 +282,7 @@ def _manifest(
         "engine": engine,
         "notes": notes,
         "cost": _cost(step.folder),
+        "seals": seals(step.folder),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

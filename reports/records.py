@@ -74,7 +74,7 @@ def read_samples(run: Run | Path | str) -> pd.DataFrame:
     if not paths:
         raise FileNotFoundError(
             f"{run.folder}/samples-*.parquet: no file, though the manifest says the run is "
-            "finished; delete the folder and evaluate again"
+            "finished; evaluate again (`kfuse run`)"
         )
     import pandas as pd
 
@@ -144,8 +144,8 @@ def _read(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"{path}: not a readable Parquet file ({error}); delete its folder's manifest.json "
-            "and evaluate again"
+            f"{path}: not a readable Parquet file ({error}); evaluate again (`kfuse run`): only "
+            "what is damaged is measured"
         ) from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
@@ -158,8 +158,7 @@ def _read(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False
             decode(path)
         except ValueError as error:
             raise ValueError(
-                f"{path}: {error}; delete its folder's manifest.json and evaluate again: what is "
-                "whole is kept"
+                f"{path}: {error}; evaluate again (`kfuse run`): only what is damaged is measured"
             ) from error
     return table.to_pandas()
 
