@@ -253,9 +253,9 @@ def answer(
             progress(finished)
 
 
-def unfinished(step: Step, loaded: Loaded) -> bool:
-    """Whether a pack has no right part yet."""
-    return any(problem(step.folder, pack.label) for pack in packs(step, loaded))
+def unfinished(step: Step, loaded: Loaded, shard: int = 0, shards: int = 1) -> bool:
+    """Whether a pack, of a shard's if one is given, has no right part yet."""
+    return any(problem(step.folder, p.label) for p in packs(step, loaded)[shard::shards])
 
 
 def _measure_pack(folder: Path, pack: Pack, protocol: str, lm: Any) -> None:
@@ -357,15 +357,16 @@ def write_as_lm_eval(loaded: Loaded, model: str, folder: Path) -> None:
     for item in loaded.items:
         chosen.setdefault(item.task, []).append(item.doc_id)
     tracker = EvaluationTracker(output_path=str(folder))
-    results: Any = lm_eval.simple_evaluate(
-        model=_Replay(loaded.items),
-        model_args={"model": model},
-        tasks=list(loaded.tasks),
-        task_manager=loaded.manager,
-        samples=chosen,
-        evaluation_tracker=tracker,
-        fewshot_random_seed=FEWSHOT_SEED,
-    )
+    with patch("lm_eval.api.task.tqdm", lambda items, **_: items):
+        results: Any = lm_eval.simple_evaluate(
+            model=_Replay(loaded.items),
+            model_args={"model": model},
+            tasks=list(loaded.tasks),
+            task_manager=loaded.manager,
+            samples=chosen,
+            evaluation_tracker=tracker,
+            fewshot_random_seed=FEWSHOT_SEED,
+        )
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:

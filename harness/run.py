@@ -27,8 +27,7 @@ def run(
     loaded = load(reference, overrides)
     rows = _rows(loaded, only)
     planned = plan(loaded.recipe, home())
-    if "evaluate" in stages:
-        reopen(planned, rows, dry_run)
+    reopen(planned, rows, stages, dry_run)
     if dry_run:
         print(overview(planned, rows, stages))
         return 0
@@ -44,7 +43,7 @@ def run(
 
         index, files = write(planned, loaded, reasons)
         _show(index, files)
-        if not waiting:
+        if not waiting and stages == ALL:
             seconds = time.monotonic() - started
             say(f"nothing to do: all is built and measured ({seconds:.1f} s)")
     for name, reason in reasons.items():
@@ -78,24 +77,28 @@ def pending(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> list[S
     return [*(builds if "build" in stages else []), *(evaluations if "evaluate" in stages else [])]
 
 
-def reopen(planned: Plan, rows: Sequence[str], dry_run: bool = False) -> None:
+def reopen(planned: Plan, rows: Sequence[str], stages: Sequence[str], dry_run: bool) -> None:
     """Take back the manifests of finished measurements whose files are damaged, and say so.
 
-    What is whole is kept: the measurement goes on, and only what is damaged is done again.
+    What is whole is kept: the measurement goes on, and only what is damaged is done again. Stages
+    that do not evaluate, and a dry run, only say it.
     """
     from harness.samples import SCORES, damage
 
     allowed = planned.recipe.evaluate.allow_code_execution
+    mends = "evaluate" in stages
     for row in rows:
         for step in planned.evaluations(row):
             manifest = read_manifest(step.folder)
-            if not manifest or not _may_run(step, allowed):
+            if manifest is None or not _may_run(step, allowed):
                 continue
             found = damage(step.folder, manifest)
             for name, what in found.items():
-                again = "scores are derived" if name == SCORES else "its items are measured"
-                say(f"{step.folder / name}: {what}; {again} again")
-            if found and not dry_run:
+                derived = name in (SCORES, "manifest.json")
+                again = "scores are derived" if derived else "its items are measured"
+                again = f"{again} again" if mends else "`kfuse run` mends it"
+                say(f"{step.folder / name}: {what}; {again}")
+            if found and mends and not dry_run:
                 (step.folder / "manifest.json").unlink(missing_ok=True)
 
 

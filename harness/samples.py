@@ -20,6 +20,7 @@ from fusion.errors import RunError
 from harness.progress import say
 from harness.store import world
 from reports.parts import decode, encode
+from reports.records import Run
 
 LEDGER = "ledger.jsonl"
 SCORES = "scores.parquet"
@@ -106,6 +107,10 @@ def damage(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
 
     A manifest of an older version, which seals nothing, is believed.
     """
+    try:
+        Run.open(folder)
+    except (FileNotFoundError, ValueError) as error:
+        return {"manifest.json": str(error).removeprefix(f"{folder / 'manifest.json'}: ")}
     out = {}
     sealed = manifest.get("seals", {})
     for name, (size, digest) in sealed.items():

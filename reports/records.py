@@ -35,6 +35,8 @@ class Run:
         FileNotFoundError if there is no manifest, ValueError if it is not that of an evaluation.
         """
         path = Path(folder) / "manifest.json"
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; a run is a folder of evaluations/")
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: missing, so this measurement is unfinished or the folder is wrong; "

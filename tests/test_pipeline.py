@@ -192,21 +192,32 @@ def test_a_damaged_part_is_found_by_the_next_run_and_done_again(
     lost = text / "samples-00001.parquet"
     lost.unlink()
     (code / "scores.parquet").write_bytes(b"PAR1")
+    (scored,) = home.glob("evaluations/gemma-tiny_text-*/scores.parquet")
+    scored.write_bytes(scored.read_bytes() + b"x")
     dry = here("run", "tiny", "--dry-run", home=home)
     assert f"{flipped}: its bytes are not those" in dry.stderr
     assert (choice / "manifest.json").exists()
+    reported = here("report", "tiny", home=home)
+    assert reported.returncode == 0
+    assert "scores.parquet: not a readable Parquet file" in report(home, "csv").read_text()
+    assert f"{lost}: is gone; `kfuse run` mends it" in reported.stderr
+    manifest = code / "manifest.json"
+    manifest.write_text('{"kind": "evaluation"}')
+    assert here("report", "tiny", home=home).returncode == 0
     before = {p: p.stat().st_mtime_ns for p in home.glob("evaluations/*/*.parquet")}
     done = here("run", "tiny", home=home)
     assert done.returncode == 0, done.stderr
     assert f"{flipped}: its bytes are not those that were written; its items" in done.stderr
     assert f"{cut}: has {cut.stat().st_size - 100} bytes, had {cut.stat().st_size}" in done.stderr
     assert f"{lost}: is gone; its items are measured again" in done.stderr
-    assert f"{code / 'scores.parquet'}: has 4 bytes" in done.stderr
-    assert "scores are derived again" in done.stderr
+    assert re.search(
+        rf"{manifest}: row, suite, .* missing.*; scores are derived again", done.stderr
+    )
+    assert re.search(rf"{scored}: has \d+ bytes, had \d+; scores are derived again", done.stderr)
     assert measured(home) == whole
     changed = {p for p in before if p.exists() and p.stat().st_mtime_ns != before[p]}
     scores = {folder / "scores.parquet" for folder in (choice, generate, text, code)}
-    assert changed == {flipped, cut, *scores}, "what was whole was not measured again"
+    assert changed == {flipped, cut, scored, *scores}, "what was whole was not measured again"
     assert "nothing to do" in here("run", "tiny", home=home).stderr
 
 

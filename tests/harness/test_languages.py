@@ -17,7 +17,7 @@ from fusion.errors import RunError
 from harness import execution
 from harness.execution import execute, fitness, summarise
 from harness.languages import LANGUAGES, key, lay
-from harness.sandbox import choose
+from harness.sandbox import choose, run
 
 # Functions of two whole numbers: name, two calls with their values, and bodies in five grammars:
 # C's (also PHP's, with $), Go's and Rust's, Python's, Ruby's, R's. The bad one replaces a part.
@@ -207,6 +207,31 @@ def test_a_missing_toolchain_is_infra_with_its_reason(
         fitness.cache_clear()
     assert "no-such-ruby" in caplog.text
     assert "Debian has it in ruby" in caplog.text
+
+
+def test_a_toolchain_that_passes_everything_judges_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    # Finds the word in the program and says it, whatever the program does.
+    lying = """sh -c 'echo; grep -oE "[0-9a-f]{32}" program.php'"""
+    version = ("sh", "-c", "echo 8.2.0")
+    monkeypatch.setitem(
+        execution.LANGUAGES, "php", replace(LANGUAGES["php"], run=lying, version=version)
+    )
+    fitness.cache_clear()
+    try:
+        document, good, bad = written("php", "add")
+        nonce = "0123456789abcdef" * 2
+        laid = lay(LANGUAGES["php"], document["prompt"] + bad, document["tests"], nonce)
+        said = run(["/bin/sh", "judge.sh"], laid, LANGUAGES["php"].limits)
+        assert execution.verdict(said, nonce) == "pass", "the lie itself must work"
+        found = execute([{"generation": [good, bad], "doc": document}], allow=True)
+    finally:
+        fitness.cache_clear()
+    assert found == [["infra", "infra"]]
+    assert "the canary that must end as 'wrong' ended as 'pass'" in caplog.text
 
 
 def test_a_missing_library_is_infra(monkeypatch: pytest.MonkeyPatch) -> None:
