@@ -86,17 +86,17 @@ def languages() -> Iterator[str]:
     """
     from harness.execution import fitness, title
     from harness.languages import LANGUAGES
-    from harness.sandbox import strongest
+    from harness.sandbox import choose
 
-    tier = strongest().name
+    tier = choose()
     yield f"{'language':<12} {'version':<12} {'tier':<10} {'seconds':>7}  canaries"
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         keys = ("py", *LANGUAGES)
-        for key, found in zip(keys, pool.map(fitness, keys), strict=True):
+        for key, found in zip(keys, pool.map(lambda key: fitness(key, tier), keys), strict=True):
             seconds = "" if math.isnan(found.seconds) else f"{found.seconds:.2f}"
             state = (found.reason or "ok").strip().replace("\n", " ")
             version = found.version or "none"
-            yield f"{title(key):<12} {version:<12} {tier:<10} {seconds:>7}  {state}"
+            yield f"{title(key):<12} {version:<12} {tier.name:<10} {seconds:>7}  {state}"
 
 
 def _bfloat16() -> bool:

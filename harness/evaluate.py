@@ -37,7 +37,7 @@ from reports.corpus import CORPUS_METRICS
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
-GENERATED_ITEMS = 64  # items of a pack that generate; log-likelihoods: packing.CHOICE_ITEMS
+GENERATED = 64  # generations of a pack; items of log-likelihoods: packing.CHOICE_ITEMS
 
 
 @dataclass
@@ -204,7 +204,7 @@ def _items(task: str, instances: Sequence[Instance]) -> Iterator[Item]:
 
 def packs(step: Step, loaded: Loaded) -> list[Pack]:
     """All items of a measurement in packs, always the same ones; no machine setting moves them."""
-    formed = list(item_batches(loaded.items, GENERATED_ITEMS))
+    formed = [some for pack in item_batches(loaded.items, GENERATED) for some in _cut(pack)]
     label = {"measurement": step.identity, "protocol": loaded.protocol, "packs": len(formed)}
     return [
         Pack(
@@ -221,6 +221,15 @@ def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
 
     answer(step, loaded, lm)
     score(plan, step, loaded)
+
+
+def _cut(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Items whose generations are no more than a pack's, however often each is sampled."""
+    generates = items[0].requests[0].request_type == "generate_until"
+    times = max(_times(item.requests[0]) for item in items)
+    size = max(1, GENERATED // times) if generates else len(items)
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
 
 
 def answer(
@@ -258,9 +267,9 @@ def answer(
             progress(finished)
 
 
-def unfinished(step: Step, loaded: Loaded) -> bool:
-    """Whether a pack has no right part yet."""
-    return any(problem(step.folder, pack.label) for pack in packs(step, loaded))
+def unfinished(step: Step, loaded: Loaded, shard: int = 0, shards: int = 1) -> bool:
+    """Whether a pack, of a shard's if one is given, has no right part yet."""
+    return any(problem(step.folder, p.label) for p in packs(step, loaded)[shard::shards])
 
 
 def _measure_pack(
@@ -366,15 +375,16 @@ def write_as_lm_eval(loaded: Loaded, model: str, folder: Path) -> None:
     for item in loaded.items:
         chosen.setdefault(item.task, []).append(item.doc_id)
     tracker = EvaluationTracker(output_path=str(folder))
-    results: Any = lm_eval.simple_evaluate(
-        model=_Replay(loaded.items),
-        model_args={"model": model},
-        tasks=list(loaded.tasks),
-        task_manager=loaded.manager,
-        samples=chosen,
-        evaluation_tracker=tracker,
-        fewshot_random_seed=FEWSHOT_SEED,
-    )
+    with patch("lm_eval.api.task.tqdm", lambda items, **_: items):
+        results: Any = lm_eval.simple_evaluate(
+            model=_Replay(loaded.items),
+            model_args={"model": model},
+            tasks=list(loaded.tasks),
+            task_manager=loaded.manager,
+            samples=chosen,
+            evaluation_tracker=tracker,
+            fewshot_random_seed=FEWSHOT_SEED,
+        )
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:

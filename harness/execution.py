@@ -23,7 +23,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,7 +31,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness.languages import LANGUAGES, key, lay
-from harness.sandbox import Limits, Outcome, interpreter, run
+from harness.sandbox import Limits, Outcome, Tier, choose, interpreter, run
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def execute(
     *,
     allow: bool,
     workers: int | None = None,
+    tier: Tier | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[str]]:
@@ -102,8 +103,9 @@ def execute(
     records: `generation`, a list of completions, and `doc`, with prompt, test and entry_point, or
     tests as a list of statements, or prompt, tests and language. allow: the recipe's consent.
     workers: the machine's cores by default; changes no outcome but for programs at the edge of a
-    limit, so timeouts are run once more, alone. limits: instead of each language's own. progress:
-    called with the number done. RunError without consent, or if a record lacks a part.
+    limit, so timeouts are run once more, alone. tier: where, else as `sandbox.choose` finds it.
+    limits: instead of each language's own. progress: called with the number of programs done.
+    RunError without consent, if a record lacks a part, or if the tier asked for is not there.
     """
     if allow is not True:
         raise RunError(
@@ -113,21 +115,32 @@ def execute(
     _check(records)
     programs = [(g, record["doc"]) for record in records for g in record["generation"]]
     found = ["infra"] * len(programs)
+    tier = tier or choose()
     bounds: dict[str, Limits] = {}
     for language in dict.fromkeys(language_of(document) for _, document in programs):
-        if reason := unfit(language):
+        if reason := unfit(language, tier):
             log.warning("no program in %s was judged: %s", title(language), reason)
         else:
-            bounds[language] = limits or fitness(language).limits
+            bounds[language] = limits or fitness(language, tier).limits
     waiting = {
-        number: (*program, bounds[language_of(program[1])])
+        number: (*program, bounds[language_of(program[1])], tier)
         for number, program in enumerate(programs)
         if language_of(program[1]) in bounds
     }
-    for number, outcome in _run(waiting, workers or os.cpu_count() or 1, progress):
+    unjudged = len(programs) - len(waiting)
+    if progress and unjudged:
+        progress(unjudged)
+    told = (lambda done: progress(unjudged + done)) if progress else None
+    for number, outcome in _run(waiting, workers or os.cpu_count() or 1, told):
         found[number] = outcome
     each = iter(found)
     return [[next(each) for _ in record["generation"]] for record in records]
+
+
+def toolchains(documents: Iterable[Mapping[str, Any]], tier: Tier) -> dict[str, str]:
+    """The version of what judged the programs of these problems, by language; "" for none."""
+    keys = sorted({language_of(document) for document in documents})
+    return {key: fitness(key, tier).version for key in keys}
 
 
 def language_of(document: Mapping[str, Any]) -> str:
@@ -171,7 +184,7 @@ def _lacking(document: Mapping[str, Any]) -> list[str]:
 
 
 def _run(
-    programs: Mapping[int, tuple[str, Mapping[str, Any], Limits]],
+    programs: Mapping[int, tuple[str, Mapping[str, Any], Limits, Tier]],
     workers: int,
     progress: Callable[[int], None] | None,
 ) -> Iterator[tuple[int, str]]:
@@ -191,19 +204,21 @@ def _run(
         yield number, judge(*programs[number])
 
 
-def judge(completion: str, document: Mapping[str, Any], limits: Limits) -> str:
+def judge(completion: str, document: Mapping[str, Any], limits: Limits, tier: Tier) -> str:
     """Run one completion against its problem's tests; one of OUTCOMES."""
     nonce = secrets.token_hex(16)
     language = language_of(document)
     if language in LANGUAGES:
         spoken = LANGUAGES[language]
         laid = lay(spoken, document["prompt"] + completion, document["tests"], nonce)
-        found = run(["/bin/sh", "judge.sh"], laid, limits, environment=spoken.environment)
+        command = ["/bin/sh", "judge.sh"]
+        found = run(command, laid, limits, environment=spoken.environment, tier=tier)
         return verdict(found, nonce, spoken.wrong)
     program = assemble(completion, document)
     files: dict[str, str | bytes] = {"judge.py": JUDGE, "program.py": program, "nonce": nonce}
-    command = [interpreter(), "-P", "-s", "-B", "judge.py"]
-    return verdict(run(command, files, limits, environment={"PYTHONHASHSEED": "0"}), nonce)
+    command = [interpreter(tier), "-P", "-s", "-B", "judge.py"]
+    found = run(command, files, limits, environment={"PYTHONHASHSEED": "0"}, tier=tier)
+    return verdict(found, nonce)
 
 
 def assemble(completion: str, document: Mapping[str, Any]) -> bytes:
@@ -258,46 +273,55 @@ class Fitness:
     limits: Limits = Limits()
 
 
-def unfit(language: str = "py") -> str | None:
+def unfit(language: str = "py", tier: Tier | None = None) -> str | None:
     """Why this machine cannot judge programs in a language, or None if all canaries end well."""
-    return fitness(language).reason
+    return fitness(language, tier or choose()).reason
 
 
 @cache
-def fitness(language: str = "py") -> Fitness:
-    """Run the canaries of a language, the good one first, and set limits by its time.
+def fitness(language: str, tier: Tier) -> Fitness:
+    """Run the canaries of a language in a tier, the good one first, and set limits by its time.
 
     Limits are the language's least ones, or ten times (wall) and five times (processor) the good
     canary's time where that is more.
     """
     try:
-        version, reason = _toolchain(language)
+        version, reason = _toolchain(language, tier)
         if reason:
             return Fitness(reason=reason)
-        return _canaries(language, version)
+        return _canaries(language, version, tier)
     except (OSError, RunError) as error:
         return Fitness(reason=f"the sandbox cannot run a program: {error}")
 
 
-def _toolchain(language: str) -> tuple[str, str]:
+def _toolchain(language: str, tier: Tier) -> tuple[str, str]:
     """The version of a language's compiler or interpreter, and why there is none."""
-    if language not in LANGUAGES:
+    if language not in LANGUAGES and tier.name != "container":
         return sys.version.split()[0], ""
-    spoken = LANGUAGES[language]
-    advice = f"Debian has it in {spoken.package}"
-    for path in spoken.needs:
-        if not os.path.exists(path):
+    spoken = LANGUAGES.get(language)
+    advice = f"Debian has it in {spoken.package if spoken else 'python3'}"
+    for path in spoken.needs if spoken else ():
+        if not _exists(path, tier):
             return "", f"no {path}; {advice}"
-    found = run(spoken.version, {}, spoken.limits, environment=spoken.environment)
+    command = spoken.version if spoken else (interpreter(tier), "--version")
+    allowed, environment = (spoken.limits, spoken.environment) if spoken else (Limits(), None)
+    found = run(command, {}, allowed, environment=environment, tier=tier)
     if found.ending != "exit" or found.code != 0:
         said = found.reason or found.stderr.strip()[-200:] or found.ending
-        return "", f"no {spoken.version[0]} in the sandbox ({said}); {advice}"
+        return "", f"no {command[0]} in the sandbox ({said}); {advice}"
     words = f"{found.stdout}\n{found.stderr}".strip().partition("\n")[0]
     number = re.search(r"\d+\.\d[\w.]*", words)
     return number[0] if number else words[:40], ""
 
 
-def _canaries(language: str, version: str) -> Fitness:
+def _exists(path: str, tier: Tier) -> bool:
+    """Whether programs find a file; what they see of this machine's lies where it does here."""
+    if tier.name != "container":
+        return os.path.exists(path)
+    return run(["test", "-e", path], {}, Limits(), tier=tier).code == 0
+
+
+def _canaries(language: str, version: str, tier: Tier) -> Fitness:
     document, limits = dict(_DOCUMENT), Limits()
     canaries: tuple[tuple[str, str], ...] = CANARIES
     if language in LANGUAGES:
@@ -311,7 +335,7 @@ def _canaries(language: str, version: str) -> Fitness:
             wall = 6.0 if language == "py" else seconds + 2.0  # it must have come to run by then
             allowed = replace(limits, cpu_seconds=1 if language == "py" else 60, wall_seconds=wall)
         began = time.monotonic()
-        found = judge(body, document, allowed)
+        found = judge(body, document, allowed, tier)
         if found != expected:
             reason = f"the canary that must end as '{expected}' ended as '{found}':\n{body}"
             return Fitness(reason=reason, version=version)

@@ -63,10 +63,11 @@ class Measuring:
     ) -> None:
         """Write a shard's missing records; RunError if data or model cannot be had."""
         loaded = self.suite(step)
-        if self.row != row:
+        if self.row != row and unfinished(step, loaded, shard, shards):
             self.release()
             self.lm, self.row = self._open(row), row
-        answer(step, loaded, self.lm, shard, shards, going)
+        lm = self.lm if self.row == row else None  # nothing is left that would need it
+        answer(step, loaded, lm, shard, shards, going)
 
     def rescore(self, step: Step) -> None:
         """Derive scores again from a finished measurement's records."""

@@ -48,6 +48,11 @@ class Evaluate(Section):
     allow_code_execution: bool = Field(
         False, description="let generated programs run in the sandbox"
     )
+    sandbox: str | None = operational(
+        None,
+        "namespace, process or container:IMAGE; else KFUSE_SANDBOX, or the strongest that works",
+        pattern=r"^(namespace|process|container:\S+)$",
+    )
 
 
 class Recipe(Section):

@@ -126,6 +126,9 @@ def _cost(folder: Path) -> dict[str, Any]:
 
 def _cell(plan: Plan, row: str, step: Step, reasons: dict[str, str]) -> dict[str, str]:
     if step.done:
+        wrong = _unreadable(step.folder)
+        if wrong:
+            return {"reason": f"not measured: {wrong}"}
         return {"run": str(step.folder.relative_to(plan.home))}
     known = suite_of(step.name)
     if known and known.executes_code and not plan.recipe.evaluate.allow_code_execution:
@@ -137,6 +140,17 @@ def _cell(plan: Plan, row: str, step: Step, reasons: dict[str, str]) -> dict[str
         return {"reason": f"not built: {reasons[row]}"}
     reason = reasons.get(f"{row}/{step.name}") or step.failure
     return {"reason": reason or "not measured: not run yet"}
+
+
+def _unreadable(folder: Path) -> str | None:
+    """Why a finished measurement has no scores that can be read, so that the others are shown."""
+    from reports.records import Run, read_primary
+
+    try:
+        read_primary(Run.open(folder))
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _row(plan: Plan, row: str) -> dict[str, Any]:
@@ -216,10 +230,12 @@ def _relative(plan: Plan, path: Path | None) -> str | None:
 def _suite(plan: Plan, name: str, runs: dict[tuple[str, str], Step]) -> dict[str, Any]:
     """A suite as its first finished run knows it, else as its file says."""
     for row in plan.recipe.rows:
-        manifest = read_manifest(runs[row, name].folder)
-        if manifest:
+        step = runs[row, name]
+        manifest = read_manifest(step.folder)
+        if manifest and not _unreadable(step.folder):
             listed = manifest["tasks"]
-            return {"name": name, "title": _title(name), "rule": manifest["rule"], "tasks": listed}
+            found = {"rule": manifest["rule"], "tasks": listed, "without": _without(name)}
+            return {"name": name, "title": _title(name)} | found
     known = suite_of(name)
     tasks = known.tasks if known else ()
     listed = [
@@ -228,7 +244,14 @@ def _suite(plan: Plan, name: str, runs: dict[tuple[str, str], Step]) -> dict[str
         for t in tasks
     ]
     rule = known.rule if known else "macro"
-    return {"name": name, "title": _title(name), "rule": rule, "tasks": listed}
+    found = {"rule": rule, "tasks": listed, "without": _without(name)}
+    return {"name": name, "title": _title(name)} | found
+
+
+def _without(name: str) -> list[str]:
+    """Tasks that a suite's second average leaves out."""
+    known = suite_of(name)
+    return list(known.without) if known else []
 
 
 def _title(name: str) -> str:

@@ -10,7 +10,7 @@ from fusion.errors import RecipeError, RunError
 from harness.plan import Plan, Step, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
-from harness.store import home
+from harness.store import home, read_manifest
 
 ALL = ("build", "evaluate", "report")
 
@@ -27,6 +27,7 @@ def run(
     loaded = load(reference, overrides)
     rows = _rows(loaded, only)
     planned = plan(loaded.recipe, home())
+    reopen(planned, rows, stages, dry_run)
     if dry_run:
         print(overview(planned, rows, stages))
         return 0
@@ -42,7 +43,7 @@ def run(
 
         index, files = write(planned, loaded, reasons)
         show(index, files)
-        if not waiting:
+        if not waiting and stages == ALL:
             seconds = time.monotonic() - started
             say(f"nothing to do: all is built and measured ({seconds:.1f} s)")
     for name, reason in reasons.items():
@@ -74,6 +75,31 @@ def pending(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> list[S
         if not step.done and _may_run(step, recipe.evaluate.allow_code_execution)
     ]
     return [*(builds if "build" in stages else []), *(evaluations if "evaluate" in stages else [])]
+
+
+def reopen(planned: Plan, rows: Sequence[str], stages: Sequence[str], dry_run: bool) -> None:
+    """Take back the manifests of finished measurements whose files are damaged, and say so.
+
+    What is whole is kept: the measurement goes on, and only what is damaged is done again. Stages
+    that do not evaluate, and a dry run, only say it.
+    """
+    from harness.samples import SCORES, damage
+
+    allowed = planned.recipe.evaluate.allow_code_execution
+    mends = "evaluate" in stages
+    for row in rows:
+        for step in planned.evaluations(row):
+            manifest = read_manifest(step.folder)
+            if manifest is None or not _may_run(step, allowed):
+                continue
+            found = damage(step.folder, manifest)
+            for name, what in found.items():
+                derived = name in (SCORES, "manifest.json")
+                again = "scores are derived" if derived else "its items are measured"
+                again = f"{again} again" if mends else "`kfuse run` mends it"
+                say(f"{step.folder / name}: {what}; {again}")
+            if found and mends and not dry_run:
+                (step.folder / "manifest.json").unlink(missing_ok=True)
 
 
 def _may_run(step: Step, allowed: bool) -> bool:

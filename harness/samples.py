@@ -9,6 +9,7 @@ each pack that was measured, however often.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,10 @@ from fusion.errors import RunError
 from harness.progress import say
 from harness.store import world
 from reports.parts import decode, encode
+from reports.records import Run
 
 LEDGER = "ledger.jsonl"
+SCORES = "scores.parquet"
 
 
 def part(folder: Path, number: int) -> Path:
@@ -80,11 +83,49 @@ def read(folder: Path, labels: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         wrong = problem(folder, label)
         if wrong:
             raise RunError(
-                f"{path}: {wrong}; delete manifest.json beside it and evaluate again: what is "
-                "whole is kept"
+                f"{path}: {wrong}; evaluate again (`kfuse run`): only what is damaged is measured"
             )
         out += decode(path)[1]
     return out
+
+
+def seals(folder: Path) -> dict[str, list[Any]]:
+    """Size and sha256 of each file that a measurement's numbers come from, for its manifest.
+
+    Scores are among them, though they can be derived again: a report reads nothing else.
+    """
+    return {path.name: _seal(path) for path in [*parts(folder), folder / SCORES]}
+
+
+def _seal(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def damage(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with a finished measurement's files, by name; empty if they are as they were.
+
+    A manifest of an older version, which seals nothing, is believed.
+    """
+    try:
+        Run.open(folder)
+    except (FileNotFoundError, ValueError) as error:
+        return {"manifest.json": str(error).removeprefix(f"{folder / 'manifest.json'}: ")}
+    out = {}
+    sealed = manifest.get("seals", {})
+    for name, (size, digest) in sealed.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                out[name] = f"has {path.stat().st_size} bytes, had {size}"
+            elif _seal(path)[1] != digest:
+                out[name] = "its bytes are not those that were written"
+        except FileNotFoundError:
+            out[name] = "is gone"
+        except OSError as error:
+            raise world(error, path) from error
+    strange = [path.name for path in parts(folder) if sealed and path.name not in sealed]
+    return out | dict.fromkeys(strange, "was not there")
 
 
 def set_aside(folder: Path, count: int) -> None:

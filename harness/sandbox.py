@@ -1,15 +1,17 @@
 """Run a program that nobody has read: in a child process, in an empty folder, with hard limits.
 
-Two tiers, recorded with every outcome; the strongest that works is found once, by trying.
+Three tiers, recorded with every outcome. Unless the recipe or KFUSE_SANDBOX names one, the
+strongest that needs no image is found once, by trying. "container:IMAGE": see `harness.container`.
 "namespace" (Linux 5.12 or newer): own user, process, mount, network and IPC namespaces. No
 network, no sight of other processes, a root that holds a read-only toolchain and one small
 writable folder in memory, a user that owns nothing, no capabilities, nothing left alive at the
-end. "process": only what an ordinary process can give up. In both: a fresh folder that is gone
+end. "process": only what an ordinary process can give up. In all: a fresh folder that is gone
 afterwards, no inherited environment, standard input closed, limits on wall and processor time,
 memory, processes, files and output.
 
-Not protected, and as important. In either tier: the kernel itself, as no system call is filtered;
-side channels; what is readable in the toolchain's folders (/usr and the interpreter's). The memory
+Not protected, and as important. In any tier: the kernel itself, as no system call is filtered (a
+container's runtime filters some); side channels; what is readable in the toolchain's folders (/usr
+and the interpreter's, or the image's). Outside containers, the memory
 of several processes together is sampled, so a short peak can exceed the limit. In the process tier
 also: the network; whatever this user may read or write, which includes this program's environment
 in /proc and, for root, the machine; this program's life; the disk, but for the size of one file; a
@@ -21,6 +23,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -39,6 +42,7 @@ from fusion.errors import RunError
 
 Ending = Literal["exit", "signal", "timeout", "memory", "output_limit", "infra"]
 
+WANTED = r"(namespace|process|container:\S+)?"  # what `choose` understands
 ENCLOSURE = Path(__file__).with_name("enclosure.py")
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 GRACE = 5.0  # seconds that building and leaving the enclosure may take on a busy machine
@@ -67,9 +71,12 @@ class Limits:
 class Tier:
     """How programs are shut in on this machine, and why not better."""
 
-    name: Literal["namespace", "process"]
+    name: Literal["container", "namespace", "process"]
     drop: bool = False  # process tier: run by root, become a user that owns nothing
     reason: str = ""
+    program: str = ""  # container tier: docker or podman
+    image: str = ""
+    image_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +108,14 @@ def run(
     """Run a command in a folder that holds `files` and nothing else; never raises for what it does.
 
     files: relative names with content, folders are made. environment: beyond PATH, LANG and HOME.
-    tier: the strongest found, unless given. ValueError if a file's name leads out of the folder.
+    tier: as `choose` finds it, unless given. ValueError if a file's name leads out of the folder.
     """
-    tier = tier or strongest()
+    tier = tier or choose()
+    _inside(files)
+    if tier.name == "container":
+        from harness.container import run as run_in_container
+
+        return run_in_container(command, files, limits, environment or {}, tier)
     capture = _Capture()
     with _folder(files) as folder:
         read, report = os.pipe()
@@ -132,29 +144,66 @@ def run(
     return capture.outcome(tier, limits)
 
 
-def interpreter() -> str:
-    """The Python that runs this, without its virtual environment."""
+def interpreter(tier: Tier | None = None) -> str:
+    """The Python that runs this, without its virtual environment; in a container, the image's."""
+    if tier and tier.name == "container":
+        return "python3"
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def choose(wanted: str | None = None) -> Tier:
+    """The tier that a recipe's `evaluate.sandbox` or else KFUSE_SANDBOX names, else the strongest.
+
+    RunError for an unknown name, and for a tier that cannot run a program here: no other is taken
+    in its place.
+    """
+    wanted = wanted or os.environ.get("KFUSE_SANDBOX") or ""
+    if not re.fullmatch(WANTED, wanted):
+        raise RunError(
+            f"KFUSE_SANDBOX={wanted}: unknown; known: namespace, process, container:IMAGE"
+        )
+    return _found(wanted) if wanted else strongest()
+
+
+@lru_cache
+def _found(wanted: str) -> Tier:
+    name, _, image = wanted.partition(":")
+    if image:
+        from harness.container import find
+
+        return find(image)
+    return _first([option for option in _options() if option.name == name], name)
 
 
 @lru_cache(maxsize=1)
 def strongest() -> Tier:
     """The strongest tier that works here, tried in order. RunError if not even a process runs."""
-    as_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    return _first(_options(), "any tier")
+
+
+def _options() -> list[Tier]:
+    """The tiers that need no image, the strongest first."""
     options = [Tier(name="namespace")] if sys.platform == "linux" else []
-    options += [Tier(name="process", drop=True)] if as_root else []
+    as_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    return [*options, *([Tier(name="process", drop=True)] if as_root else []), Tier(name="process")]
+
+
+def _first(options: Sequence[Tier], what: str) -> Tier:
+    """The first of these tiers in which a program runs."""
     reasons = [] if sys.platform == "linux" else [f"{sys.platform} has no namespaces"]
-    for option in [*options, Tier(name="process")]:
+    for option in options:
         found = run([interpreter(), "-I", "-S", "-c", "print(6 * 7)"], {}, Limits(), tier=option)
         if found.ending == "exit" and found.stdout == "42\n":
             return Tier(name=option.name, drop=option.drop, reason="; ".join(reasons))
         reasons.append(found.reason or found.stderr.strip() or found.ending)
-    raise RunError(f"no program can be run in the sandbox here: {'; '.join(reasons)}")
+    raise RunError(f"no program can be run in the sandbox here ({what}): {'; '.join(reasons)}")
 
 
 def describe(tier: Tier | None = None) -> str:
     """The tier of this machine in a line, for `kfuse doctor`."""
-    tier = tier or strongest()
+    tier = tier or choose()
+    if tier.name == "container":
+        return f"container of {tier.image} by {tier.program}: no network, own files, no privileges"
     if tier.name == "namespace":
         return "namespaces: no network, own processes, own files; the kernel is shared"
     kept = "this machine's readable files" if tier.drop else "all files of this user"
@@ -163,15 +212,19 @@ def describe(tier: Tier | None = None) -> str:
     return f"process limits only: programs keep the network and {kept} ({tier.reason})"
 
 
+def _inside(files: Mapping[str, str | bytes]) -> None:
+    for name in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"'{name}' is no name of a file inside the program's folder")
+
+
 @contextmanager
 def _folder(files: Mapping[str, str | bytes]) -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="kfuse-sandbox-")
     try:
         for name, content in files.items():
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or not path.parts:
-                raise ValueError(f"'{name}' is no name of a file inside the program's folder")
-            target = Path(folder, path)
+            target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content.encode() if isinstance(content, str) else content)
         yield folder

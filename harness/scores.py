@@ -22,7 +22,7 @@ from harness.evaluate import Item, Loaded, packs
 from harness.hashing import definition_hash
 from harness.plan import Plan, Step
 from harness.progress import bar
-from harness.samples import read, spent
+from harness.samples import SCORES, read, seals, spent
 from harness.store import finish, identity, read_manifest, world
 from reports.corpus import CORPUS_METRICS
 from reports.records import TOKEN_METRIC
@@ -50,7 +50,7 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     """
     folder = step.folder
     records = filtered(step, loaded)
-    outcomes = _execute(plan, loaded, records) if loaded.suite.executes_code else {}
+    outcomes, sandbox = _execute(plan, loaded, records)
     rows = [
         row
         for item in loaded.items
@@ -60,7 +60,7 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     if frame["counts"].isna().all():  # no metric of a corpus
         frame = frame.drop(columns="counts")
     frame = frame.astype({"value": "float64", "weight": "float64", "doc_id": "int64"})
-    path = folder / "scores.parquet"
+    path = folder / SCORES
     partial = folder / f".{path.name}.{os.getpid()}"
     try:
         frame.to_parquet(partial, index=False)
@@ -68,7 +68,10 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise world(error, path) from error
-    finish(folder, _manifest(plan, step, loaded, frame, records))
+    manifest = _manifest(plan, step, loaded, frame, records)
+    if sandbox:
+        manifest |= {"sandbox": sandbox, "programs": _programs(records, outcomes)}
+    finish(folder, manifest)
 
 
 SCORE_COLUMNS = ["task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted"]
@@ -190,6 +193,19 @@ def _health(
     }
 
 
+def _programs(records: Records, outcomes: dict[tuple[str, int], list[str]]) -> dict[str, int]:
+    """How many programs there were, how many ended how, and how many were cut at the token limit.
+
+    What was cut counts by its ending, too.
+    """
+    from harness.execution import OUTCOMES
+
+    found = [outcome for some in outcomes.values() for outcome in some]
+    cut = sum(record["finish_reason"].count("length") for record in records.values())
+    counts = {word: found.count(word) for word in OUTCOMES}
+    return {"programs": len(found), **counts, "truncated": cut}
+
+
 def _cost(folder: Path) -> dict[str, Any]:
     """What measuring took, all interrupted runs and all processes together, from the ledger.
 
@@ -228,14 +244,26 @@ def _engine(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return {k: v[0] if len(v) == 1 else v for k, v in engine.items()}, list(notes)
 
 
-def _execute(plan: Plan, loaded: Loaded, records: dict) -> dict[tuple[str, int], list[str]]:
-    from harness.execution import execute
+def _execute(
+    plan: Plan, loaded: Loaded, records: Records
+) -> tuple[dict[tuple[str, int], list[str]], dict[str, Any]]:
+    """The outcomes of an item's programs, and where they ran: tier, image, versions by language."""
+    if not loaded.suite.executes_code:
+        return {}, {}
+    from harness.execution import execute, toolchains
+    from harness.sandbox import choose
 
+    tier = choose(plan.recipe.evaluate.sandbox)
     programs = [records[item.key] | {"doc": item.doc} for item in loaded.items]
-    with bar(f"{loaded.suite.name} · executing programs", len(programs)) as progress:
+    total = sum(len(program["generation"]) for program in programs)
+    with bar(f"{loaded.suite.name} · executing programs", total) as progress:
         workers = plan.recipe.machine.workers
-        found = execute(programs, allow=True, workers=workers, progress=progress)
-    return {item.key: outcome for item, outcome in zip(loaded.items, found, strict=True)}
+        found = execute(programs, allow=True, workers=workers, tier=tier, progress=progress)
+    where = {"tier": tier.name, "reason": tier.reason}
+    where |= {"image": tier.image, "image_id": tier.image_id} if tier.image else {}
+    versions = toolchains((item.doc for item in loaded.items), tier)
+    named = {item.key: outcome for item, outcome in zip(loaded.items, found, strict=True)}
+    return named, where | {"toolchains": versions}
 
 
 def _manifest(
@@ -296,6 +324,7 @@ def _manifest(
         "engine": engine,
         "notes": notes,
         "cost": _cost(step.folder),
+        "seals": seals(step.folder),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

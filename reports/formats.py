@@ -25,10 +25,14 @@ SIGN = (
 
 
 def score_text(cell: Cell, column: Column) -> str:
-    """Score and interval, or that it was not measured."""
-    if cell.reason:
-        return "not measured"
-    return f"{number(cell.score, column)} {interval(cell.low, cell.high, column)}".strip()
+    """Score and interval, or that it was not measured; then the suite's second average."""
+    text = f"{number(cell.score, column)} {interval(cell.low, cell.high, column)}".strip()
+    text = "not measured" if cell.reason else text
+    other = cell.without
+    if other is None:
+        return text
+    span = interval(other.low, other.high, column)
+    return f"{text}; {other.title} {number(other.score, column)} {span}".strip()
 
 
 def gain_text(cell: Cell, column: Column, reference: str) -> str:
@@ -182,6 +186,22 @@ def token_perplexities(report: Report) -> list[str]:
     return [*lines, *found] if found else []
 
 
+def programs(report: Report) -> list[str]:
+    """Markdown lines that count how programs ended, by row and suite; none if none was run."""
+    found = [cell for cell in report.cells.values() if cell.programs]
+    if not found:
+        return []
+    kinds = list(dict.fromkeys(kind for cell in found for kind, _ in cell.programs))
+    names = ["programs", *(kind.replace("_", " ") for kind in kinds if kind != "programs")]
+    lines = ["", "## How programs ended", "", f"| row | suite | {' | '.join(names)} |"]
+    lines.append("|" + " --- |" * (2 + len(names)))
+    for cell in found:
+        counts = dict(cell.programs)
+        shown = " | ".join(str(counts.get(kind, 0)) for kind in kinds)
+        lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {shown} |")
+    return lines
+
+
 def _published(report: Report) -> list[str]:
     """Published numbers beside the measured ones, as a section of its own."""
     found = calibrate(report)
@@ -247,6 +267,7 @@ def markdown(report: Report) -> str:
     lines += _published(report)
     lines += token_perplexities(report)
     lines += health(report)
+    lines += programs(report)
     lines += costs.markdown(report)
     lines += ["", "## Rows", ""]
     lines += [f"- {_escape(row['name'])}: {_escape(row['summary'])}" for row in report.rows]
@@ -300,6 +321,10 @@ def comma_separated(report: Report) -> str:
                 "detectable": gain.detectable,
             }
         writer.writerow(line)
+        if cell.without:
+            other = cell.without
+            line = base | {"task": other.title, "score": other.score, "n": other.n}
+            writer.writerow(line | {"low": other.low, "high": other.high})
         for task in cell.tasks:
             line = base | {"task": task.task, "metric": task.metric, "score": task.score}
             line |= {"low": task.low, "high": task.high, "n": task.n, "n_total": task.n_total}

@@ -37,6 +37,8 @@ class Run:
         FileNotFoundError if there is no manifest, ValueError if it is not that of an evaluation.
         """
         path = Path(folder) / "manifest.json"
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; a run is a folder of evaluations/")
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: missing, so this measurement is unfinished or the folder is wrong; "
@@ -100,7 +102,7 @@ def read_samples(run: Run | Path | str) -> pd.DataFrame:
     if not paths:
         raise FileNotFoundError(
             f"{run.folder}/samples-*.parquet: no file, though the manifest says the run is "
-            "finished; delete the folder and evaluate again"
+            "finished; evaluate again (`kfuse run`)"
         )
     import pandas as pd
 
@@ -212,8 +214,8 @@ def _read(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"{path}: not a readable Parquet file ({error}); delete its folder's manifest.json "
-            "and evaluate again"
+            f"{path}: not a readable Parquet file ({error}); evaluate again (`kfuse run`): only "
+            "what is damaged is measured"
         ) from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
@@ -226,8 +228,7 @@ def _read(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False
             decode(path)
         except ValueError as error:
             raise ValueError(
-                f"{path}: {error}; delete its folder's manifest.json and evaluate again: what is "
-                "whole is kept"
+                f"{path}: {error}; evaluate again (`kfuse run`): only what is damaged is measured"
             ) from error
     return table.to_pandas()
 

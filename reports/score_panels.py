@@ -37,10 +37,10 @@ def scores(report: Report) -> Panel | None:
             shown = score_text(cell, column)
             line.append(Value(shown, cell.score, cell.signature, note=note, note_tone=tone))
         lines.append(tuple(line))
-    notes = [""]
+    below = [""]
     for column in report.columns:
         parts = (_direction(column), partial_text(report, column))
-        notes.append("; ".join(part for part in parts if part))
+        below.append("; ".join(part for part in parts if part))
     text = [
         f"{SIGN[0].upper()}{SIGN[1:]}. Intervals are 95 %; verdicts hold at 5 % after Holm's "
         "correction over all comparisons of this page. What is random here is the draw of "
@@ -53,9 +53,8 @@ def scores(report: Report) -> Panel | None:
         )
     text += [f"Not measured: {reason}" for reason in reasons(report)]
     text += [f"Note: {note}" for note in notes(report)]
-    text += [f"Note: {note}" for note in notes(report)]
     head = ["row", *(column.name for column in report.columns)]
-    table = Table("Scores, and gains below them", head, tuple(lines), tuple(notes))
+    table = Table("Scores, and gains below them", head, tuple(lines), tuple(below))
     return Panel("Scores and gains", tuple(text), tables=(table,))
 
 

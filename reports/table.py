@@ -1,14 +1,15 @@
 """What a recipe's rows came to: rows × suites with scores, intervals, gains and reasons for gaps.
 
 Read from the index that harness writes and the evaluation folders that it names; nothing is
-measured
-here. A gain is paired, positive when the row is better whatever the metric's direction, and taken
-only between runs whose signatures differ in nothing but the model. Not measured is never a number.
+measured here. A gain is paired, positive when the row is better whatever the metric's direction,
+and taken only between runs whose signatures differ in nothing but the model. Not measured is never
+a number.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,17 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class Average:
+    """A suite's second average, which leaves tasks out whose published scores mislead."""
+
+    title: str  # "without Go"
+    score: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
 class Cell:
     """One row on one suite, or the reason why there is no number."""
 
@@ -87,6 +99,8 @@ class Cell:
     cost: tuple[tuple[str, float], ...] = ()
     run: str = ""
     notes: tuple[str, ...] = ()  # what was not done the usual way
+    without: Average | None = None  # also where the whole has no score for want of these tasks
+    programs: tuple[tuple[str, int], ...] = ()  # how many ended how, of suites that run them
 
     @property
     def partial(self) -> bool:
@@ -159,7 +173,12 @@ def read(index: Path) -> Report:
             for run in apart(Run.open(home / found["run"])):
                 key = (row["name"], run.manifest["suite"])
                 opened[key] = (run, read_primary(run))
-                cells[key] = _cell(*key, *opened[key], found["run"])
+                cell = _cell(*key, *opened[key], found["run"])
+                cells[key] = replace(
+                    cell,
+                    without=_without(cell, suite.get("without", ())),
+                    programs=tuple(run.manifest.get("programs", {}).items()),
+                )
     content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
     gains = _gains(content, opened)
     for key, gain in gains.items():
@@ -249,6 +268,21 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
         run=where,
         notes=tuple(run.manifest.get("notes") or ()),
     )
+
+
+def _without(cell: Cell, names: Sequence[str]) -> Average | None:
+    """The mean over a cell's other tasks; None if none is left out or one has no score."""
+    from reports.statistics import macro, macro_interval
+
+    out = [task.title for task in cell.tasks if task.task in names]
+    kept = [task for task in cell.tasks if task.task not in names]
+    scores = [task.score for task in kept if task.score is not None]
+    if not out or not kept or len(scores) < len(kept):
+        return None
+    spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in kept]
+    low, high = macro_interval(scores, spans) or (None, None)
+    title = f"without {', '.join(out)}"
+    return Average(title, macro(scores), low, high, sum(task.n for task in kept))
 
 
 def _outcomes(frame: pd.DataFrame, kind: str) -> int:

@@ -26,7 +26,7 @@ from harness.execution import (
     unfit,
     verdict,
 )
-from harness.sandbox import Limits, Outcome
+from harness.sandbox import Limits, Outcome, Tier
 
 QUICK = Limits(wall_seconds=3.0, cpu_seconds=1, output_bytes=1 << 16)
 DOUBLE = {
@@ -115,6 +115,17 @@ def test_samples_are_judged_one_by_one_and_progress_is_told() -> None:
     assert execute([], allow=True) == []
 
 
+def test_progress_ends_full_though_a_language_cannot_be_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(execution, "unfit", lambda language, _: language == "rb" and "no ruby")
+    ruby = {"prompt": "", "tests": "", "language": "rb"}
+    records = [{"generation": ["x"] * 2, "doc": ruby}, record("    return 2 * x\n")]
+    assert execute(records, allow=True, progress=told.append) == [["infra"] * 2, ["pass"]]
+    assert told == [2, 3]
+
+
 @pytest.mark.parametrize("allow", [False, None, 1, "yes"])
 def test_nothing_runs_without_consent(allow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "run", lambda *_, **__: pytest.fail("something ran"))
@@ -131,7 +142,7 @@ def test_a_record_that_lacks_a_part_is_named() -> None:
 def test_a_timeout_is_tried_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, float]] = []
 
-    def judged(completion: str, document: object, limits: Limits) -> str:
+    def judged(completion: str, document: object, limits: Limits, tier: Tier) -> str:
         asked.append((completion, time.monotonic()))
         again = [c for c, _ in asked].count(completion) > 1
         time.sleep(0.05)
@@ -165,7 +176,7 @@ def test_one_wrong_canary_makes_everything_infra(
 
 
 def test_a_broken_sandbox_is_infra_and_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "interpreter", lambda: "/no/such/python")
+    monkeypatch.setattr(execution, "interpreter", lambda *_: "/no/such/python")
     fitness.cache_clear()
     try:
         assert outcomes("    return 2 * x\n") == ["infra"]

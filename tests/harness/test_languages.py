@@ -17,6 +17,7 @@ from fusion.errors import RunError
 from harness import execution
 from harness.execution import execute, fitness, summarise
 from harness.languages import LANGUAGES, key, lay
+from harness.sandbox import choose, run
 
 # Functions of two whole numbers: name, two calls with their values, and bodies in five grammars:
 # C's (also PHP's, with $), Go's and Rust's, Python's, Ruby's, R's. The bad one replaces a part.
@@ -122,7 +123,7 @@ PAIRS = [
 
 def fit(language: str) -> None:
     """Skip where this machine has no toolchain; a toolchain that misjudges is a failure."""
-    reason = fitness(language).reason
+    reason = fitness(language, choose()).reason
     if reason and reason.startswith("no "):
         pytest.skip(reason)
     assert reason is None
@@ -208,6 +209,31 @@ def test_a_missing_toolchain_is_infra_with_its_reason(
     assert "Debian has it in ruby" in caplog.text
 
 
+def test_a_toolchain_that_passes_everything_judges_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    # Finds the word in the program and says it, whatever the program does.
+    lying = """sh -c 'echo; grep -oE "[0-9a-f]{32}" program.php'"""
+    version = ("sh", "-c", "echo 8.2.0")
+    monkeypatch.setitem(
+        execution.LANGUAGES, "php", replace(LANGUAGES["php"], run=lying, version=version)
+    )
+    fitness.cache_clear()
+    try:
+        document, good, bad = written("php", "add")
+        nonce = "0123456789abcdef" * 2
+        laid = lay(LANGUAGES["php"], document["prompt"] + bad, document["tests"], nonce)
+        said = run(["/bin/sh", "judge.sh"], laid, LANGUAGES["php"].limits)
+        assert execution.verdict(said, nonce) == "pass", "the lie itself must work"
+        found = execute([{"generation": [good, bad], "doc": document}], allow=True)
+    finally:
+        fitness.cache_clear()
+    assert found == [["infra", "infra"]]
+    assert "the canary that must end as 'wrong' ended as 'pass'" in caplog.text
+
+
 def test_a_missing_library_is_infra(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
@@ -215,7 +241,7 @@ def test_a_missing_library_is_infra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(execution.LANGUAGES, "java", absent)
     fitness.cache_clear()
     try:
-        assert (fitness("java").reason or "").startswith("no /no/such.jar")
+        assert (fitness("java", choose()).reason or "").startswith("no /no/such.jar")
     finally:
         fitness.cache_clear()
 
@@ -225,7 +251,7 @@ def test_limits_grow_with_the_good_canary_and_never_shrink(monkeypatch: pytest.M
     answers = iter(expected for _, expected in LANGUAGES["php"].bodies)
     monkeypatch.setattr(execution.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(execution, "judge", lambda *_: next(answers))
-    found = execution._canaries("php", "8")
+    found = execution._canaries("php", "8", choose())
     assert found.reason is None
     assert found.seconds == 9.0
     assert (found.limits.wall_seconds, found.limits.cpu_seconds) == (90.0, 45)

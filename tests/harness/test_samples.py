@@ -245,3 +245,6 @@ def test_a_request_that_is_repeated_keeps_all_its_answers(
     manifest = read_manifest(step.folder)
     assert manifest
     assert manifest["health"]["truncated"] == 1, "one of the three answers was cut"
+    for item in loaded.items:
+        item.requests[0].repeats = 20
+    assert [len(pack.items) for pack in packs(step, loaded)] == [3, 3], "64 generations a pack"

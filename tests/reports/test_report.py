@@ -298,3 +298,46 @@ def test_damage_names_the_file(index: Path) -> None:
     scores.unlink()
     with pytest.raises(FileNotFoundError, match=r"scores\.parquet"):
         read(index)
+
+
+def test_a_second_average_leaves_a_task_out_also_where_the_first_has_no_score(
+    tmp_path: Path,
+) -> None:
+    tasks = [TASK | {"task": name, "title": name.title()} for name in ("go", "rust", "php")]
+    path = store(tmp_path, {"base": {"acc": {"run": run(tmp_path, "base", RIGHT, tasks=tasks)}}})
+    content = json.loads(path.read_text())
+    suite = content["suites"][0] | {"tasks": tasks, "without": ["go"]}
+    path.write_text(json.dumps(content | {"suites": [suite]}))
+    (scores,) = tmp_path.glob("evaluations/*/scores.parquet")
+    frame = pd.read_parquet(scores)
+    values = {"go": 1.0, "rust": 0.25, "php": 0.5}
+    frame = pd.concat([frame.assign(task=name, value=value) for name, value in values.items()])
+    frame.to_parquet(scores)
+    cell = read(path).cell("base", "acc")
+    assert cell.score == pytest.approx(1.75 / 3)
+    assert cell.without
+    assert (cell.without.title, cell.without.n) == ("without Go", 80)
+    assert cell.without.score == pytest.approx(0.375)
+    assert "58.3" in markdown(read(path))
+    assert "without Go 37.5" in markdown(read(path))
+    assert "base,acc,without Go,,0.375" in comma_separated(read(path))
+    frame.loc[frame.task == "go", ["value", "outcome"]] = [float("nan"), "infra"]
+    frame.to_parquet(scores)
+    report = read(path)
+    assert report.cell("base", "acc").score is None
+    assert score_text(report.cell("base", "acc"), report.columns[0]).startswith(
+        "not measured; without Go 37.5"
+    )
+    frame.loc[frame.task == "php", "value"] = float("nan")
+    frame.to_parquet(scores)
+    assert read(path).cell("base", "acc").without is None
+
+
+def test_programs_are_counted_one_by_one(tmp_path: Path) -> None:
+    ended = {"programs": 40, "pass": 3, "wrong": 30, "infra": 7, "truncated": 9}
+    found = run(tmp_path, "base", RIGHT, programs=ended)
+    text = markdown(
+        read(store(tmp_path, {"base": {"acc": {"run": found}, "bits": {"reason": "not run"}}}))
+    )
+    assert "| row | suite | programs | pass | wrong | infra | truncated |" in text
+    assert "| base | acc | 40 | 3 | 30 | 7 | 9 |" in text
