@@ -30,6 +30,7 @@ from fusion.errors import RecipeError, RunError
 from fusion.geometry import EMBEDDINGS
 from fusion.merging import MERGE_METHODS, context, needs_base
 from fusion.models import DTYPES
+from fusion.statistics import opened_statistics
 from fusion.streaming import Merging
 
 SHARD_BYTES = 2_000_000_000  # tensor bytes in one written file, at most, if no tensor is larger
@@ -126,6 +127,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     pad: str | None = None,
     rows: Sequence[str] | None = None,
+    statistics: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files, notes.
 
@@ -134,8 +136,9 @@ def merge(
     hindering. Embeddings of unequal size are refused unless `pad` says how to make them equal:
     trim them to the rows that all have, or extend them by the rows of the first model that has
     them, the base first. `merge.yaml` and README.md in `out` say what was merged, by the names
-    `rows` (by default the folders'; the base's, if there is one, is the last). Everything is
-    written in a hidden folder beside `out` and moved when whole; a manifest is the caller's.
+    `rows` (by default the folders'; the base's, if there is one, is the last). `statistics`:
+    folders of `statistics.collect`, one a model, if the method takes them. Everything is written
+    in a hidden folder beside `out` and moved when whole; a manifest is the caller's.
     RecipeError if the method refuses its parameters; RunError if the models do not fit together,
     with all mismatches, or a file is damaged.
     """
@@ -157,7 +160,8 @@ def merge(
         floats = [n for n in sorted(opened[origin].files) if opened[origin].code(n) in FLOATS]
         keys = [identity(folder) for folder in folders] if "models" in context(method) else None
         ground = opened[base] if base else None
-        work = Merging(inputs, ground, method, parameters, floats, keys)
+        collected = opened_statistics(statistics, method, folders, inputs, stack)
+        work = Merging(inputs, ground, method, parameters, floats, keys, collected)
 
         def merged(name: str) -> Iterator[Tensor]:
             if inputs[0].code(name) not in FLOATS:

@@ -328,6 +328,28 @@ def launch(job: Path, processes: int) -> None:
         raise RunError(f"training ended with {done.returncode}; {log} ends:\n{end}")
 
 
+def _statistics(plan: Plan, step: Step) -> dict[str, Any]:
+    """What the corpus says about one row's weights, for merges."""
+    from fusion.corpus import read_blocks
+    from fusion.models import load_model, load_tokenizer
+    from fusion.statistics import collect
+
+    content = step.content
+    blocks = read_blocks(plan.steps[content["corpus"]].folder / "blocks.parquet")
+    folder = model_folder(plan, content["row"])
+    with bar(f"{step.name} · statistics, blocks", content["blocks"]) as progress:
+        return collect(
+            content["statistics"],
+            load_model(folder, device=device(plan)),
+            load_tokenizer(folder),
+            blocks[: content["blocks"]],
+            step.folder,
+            content.get("labels", "data"),
+            content.get("seed", 0),
+            progress,
+        )
+
+
 def _merge(plan: Plan, step: Step) -> dict[str, Any]:
     """Weights of several rows combined."""
     from fusion.checkpoints import merge
@@ -343,6 +365,7 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
         section.dtype,
         pad=section.pad,
         rows=[*section.inputs, *([section.base] if section.base else [])],
+        statistics=[plan.steps[i].folder for i in step.content.get("statistics", ())],
     )
 
 
@@ -352,5 +375,6 @@ STAGES: Mapping[str, Callable[[Plan, Step], dict[str, Any]]] = {
     "capture": _capture,
     "map": _map,
     "train": _train,
+    "statistics": _statistics,
     "merge": _merge,
 }

@@ -128,6 +128,33 @@ def methods(raw: Mapping) -> Problems:
             yield from _method(f"{at}.rule", section, "rule", ENSEMBLE_RULES, rule_parameters)
 
 
+def statistics(raw: Mapping) -> Problems:
+    """Merges that read the corpus: that there is one, and how much of it they read."""
+    from fusion.merging import COLLECTED
+
+    for name, kind, section in _variants(raw):
+        method = section.get("method")
+        if kind != "merge" or not isinstance(method, str) or method not in COLLECTED:
+            continue
+        corpus = raw.get("corpus")
+        if not isinstance(corpus, dict):
+            yield "corpus", f"missing: '{method}' takes statistics of the models on one"
+            corpus = {}
+        given = _mapping(section, "parameters")
+        at = f"variants.{name}.merge.parameters"
+        labels = given.get("labels", "data")
+        if "labels" in COLLECTED[method][1] and labels not in ("data", "model"):
+            yield f"{at}.labels", f"'{labels}' is unknown; known: data, model"
+        blocks, tokens, size = given.get("blocks", 1), corpus.get("tokens"), corpus.get("blocks")
+        if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+            yield f"{at}.blocks", f"{blocks!r} is not right; should be a number of blocks"
+        elif (
+            isinstance(tokens, int) and isinstance(size, int) and blocks * size > tokens > size > 0
+        ):
+            there = tokens // size
+            yield f"{at}.blocks", f"{blocks} is not right; the corpus has {there} blocks"
+
+
 def _unfit(path: str, fuse: Mapping) -> Problems:
     """Values of a fuse section that are right alone, but not together."""
     function = fuse.get("function")

@@ -29,6 +29,7 @@ VERSIONS = {
     "capture": 2,
     "map": 2,
     "train": 1,
+    "statistics": 1,
     "merge": 2,
     "evaluate": 2,
 }
@@ -38,7 +39,7 @@ VERSIONS = {
 class Step:
     """One folder to be made: what kind, for which rows, from what, and about how large."""
 
-    kind: str  # fetch, pack, capture, map, train, merge, evaluate
+    kind: str  # fetch, pack, capture, map, train, statistics, merge, evaluate
     name: str
     folder: Path
     identity: str
@@ -203,16 +204,22 @@ def _variant(out: Plan, name: str) -> None:
     if variant.train:
         _train(out, name, variant.train)
     elif variant.merge:
+        from harness.corpus_steps import statistics
+
         merge = variant.merge
         content = merge.results() | {
             "inputs": [out.identities[i] for i in merge.inputs],
             "base": out.identities[merge.base] if merge.base else None,
             "version": VERSIONS["merge"],
         }
+        collected = [step.identity for step in statistics(out, name, merge)]
+        content |= {"statistics": collected} if collected else {}
         key = identity({"merge": content})
         folder = _place(out.home, "models", name, key)
-        needs = tuple(out.identities[i] for i in inputs(out.recipe, name))
-        out.add(Step("merge", name, folder, key, content, needs, (name,), disk=_size(out, name)))
+        needs = (*(out.identities[i] for i in inputs(out.recipe, name)), *collected)
+        out.add(
+            Step("merge", name, folder, key, content, needs, (name,), disk=model_bytes(out, name))
+        )
         out.identities[name], out.folders[name] = key, folder
         out.summaries[name] = f"{merge.method} merge of {', '.join(merge.inputs)}"
     elif variant.ensemble:
@@ -226,23 +233,14 @@ def _variant(out: Plan, name: str) -> None:
 
 
 def _train(out: Plan, name: str, train: Train) -> None:
+    from harness.corpus_steps import packed_corpus
+
     recipe, home = out.recipe, out.home
     corpus = recipe.corpus
     assert corpus
     init = out.identities[train.init]
     seed = recipe.seed if train.seed is None else train.seed
-    pack = {
-        "corpus": corpus_hash(home, corpus.path),
-        "blocks": corpus.blocks,
-        "tokens": corpus.tokens,
-        "tokenizer": tokenizer_identity(out, train.init),
-        "seed": recipe.seed,
-        "version": VERSIONS["pack"],
-    }
-    tokenizer_row = _root(recipe, train.init)
-    packed = out.add(
-        _step(out, "pack", "corpus", pack, (init,), name, row=tokenizer_row, tokens=corpus.tokens)
-    )
+    packed = packed_corpus(out, name, train.init)
     content: dict[str, Any] = train.results() | {
         "init": init,
         "corpus": packed.identity,
@@ -265,7 +263,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
                 "dtype": train.dtype,
                 "version": VERSIONS["capture"],
             }
-            step = _step(
+            step = planned_step(
                 out,
                 "capture",
                 source,
@@ -295,7 +293,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
     key = identity({"train": content})
     folder = _place(home, "models", name, key)
     tokens = corpus.tokens * train.epochs
-    disk = _size(out, name)
+    disk = model_bytes(out, name)
     out.add(Step("train", name, folder, key, content, tuple(needs), (name,), tokens, disk))
     out.identities[name], out.folders[name] = key, folder
     out.summaries[name] = summary
@@ -313,7 +311,7 @@ def _map_step(
 
     counted: the corpus and the alignment whose pairs it is made from, if it is.
     """
-    roots = _root(out.recipe, source), _root(out.recipe, target)
+    roots = root(out.recipe, source), root(out.recipe, target)
     content = {
         "source": out.identities[roots[0]],
         "target": out.identities[roots[1]],
@@ -322,12 +320,12 @@ def _map_step(
     } | (counted or {})
     corpus = [counted["corpus"]] if counted else []
     needs = (out.identities[roots[0]], out.identities[roots[1]], *corpus)
-    step = _step(out, "map", f"{roots[0]}-to-{roots[1]}", content, needs, name)
+    step = planned_step(out, "map", f"{roots[0]}-to-{roots[1]}", content, needs, name)
     step.content.update(source_row=roots[0], target_row=roots[1])
     return out.add(step)
 
 
-def _step(
+def planned_step(
     out: Plan,
     kind: str,
     name: str,
@@ -345,7 +343,7 @@ def _step(
     return Step(kind, name, folder, key, content | extra, needs, (for_row,), tokens, disk)
 
 
-def _root(recipe: Recipe, row: str) -> str:
+def root(recipe: Recipe, row: str) -> str:
     """The source whose tokenizer a row carries."""
     while row in recipe.variants:
         variant = recipe.variants[row]
@@ -360,12 +358,12 @@ def _root(recipe: Recipe, row: str) -> str:
 
 def tokenizer_identity(out: Plan, row: str) -> str:
     """The identity of the source whose tokenizer a row carries."""
-    return out.identities[_root(out.recipe, row)]
+    return out.identities[root(out.recipe, row)]
 
 
-def _size(out: Plan, row: str) -> int:
+def model_bytes(out: Plan, row: str) -> int:
     """Bytes that a model made from this row's source takes, as far as is known."""
-    folder = out.folders.get(_root(out.recipe, row))
+    folder = out.folders.get(root(out.recipe, row))
     if folder is None or not folder.is_dir():
         return 1_100_000_000
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
