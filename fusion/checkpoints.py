@@ -177,8 +177,8 @@ def merge(
                 entries[name] = (_CODES[dtype], size, shape)
             else:
                 entries[name] = (code, inputs[0].read(name).nbytes, shape)
-        with _published(out) as partial:
-            facts = _write(partial, entries, merged, shard_bytes)
+        with published(out) as partial:
+            facts = write_tensors(partial, entries, merged, shard_bytes)
             _copy_beside(origin, partial, {**config, "dtype": dtype})
             names = list(rows or (folder.name for folder in (*folders, origin)))
             section = {
@@ -242,7 +242,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise RunError(f"{what}; if it is truncated or damaged, fetch or build it again") from error
 
 
-def _write(
+def write_tensors(
     out: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]], limit: int
 ) -> dict[str, Any]:
     """Compute and write tensors in the order of `entries`, in files of at most `limit` bytes."""
@@ -299,7 +299,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`; its files move into `out` when all are written."""
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -322,13 +322,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _copy_beside(source: Path, out: Path, config: dict[str, Any]) -> None:
     """Everything beside the weights; the configuration says what was written."""
-    for path in _beside(source):
+    for path in files_beside(source):
         shutil.copyfile(path, out / path.name)
     config.pop("torch_dtype", None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _beside(folder: Path) -> list[Path]:
+def files_beside(folder: Path) -> list[Path]:
     found = {path for pattern in _BESIDE.split() for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
@@ -357,7 +357,7 @@ def identity(folder: Path) -> str:
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             lines = list(threads.map(line, sorted(pieces)))
-    for path in _beside(folder):
+    for path in files_beside(folder):
         lines.append([path.name, hashlib.sha256(path.read_bytes()).hexdigest()])
     return hashlib.sha256("\n".join(map(json.dumps, lines)).encode()).hexdigest()
 

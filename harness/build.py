@@ -171,6 +171,10 @@ def model_folder(plan: Plan, row: str) -> Path:
     if folder is None:
         raise RunError(f"{row}: an ensemble has no weights")
     manifest = read_manifest(folder)
+    if manifest and "kept" in manifest:
+        from harness.keeping import weights_again
+
+        weights_again(plan, row, folder)
     snapshot = (manifest or {}).get("facts", {}).get("snapshot")
     return Path(snapshot) if snapshot else folder
 

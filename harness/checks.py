@@ -155,6 +155,31 @@ def statistics(raw: Mapping) -> Problems:
             yield f"{at}.blocks", f"{blocks} is not right; the corpus has {there} blocks"
 
 
+def kept(raw: Mapping) -> Problems:
+    """Variants that are kept as a difference: from weights that can be had exactly."""
+    variants = _mapping(raw, "variants")
+    sections = {n: v["keep"] for n, v in variants.items() if isinstance(v, dict) and v.get("keep")}
+    rows = [*_mapping(raw, "sources"), *variants]
+    for name, section in sections.items():
+        at = f"variants.{name}.keep"
+        variant = variants[name]
+        if variant.get("ensemble"):
+            yield at, "an ensemble has no weights to keep"
+        if not isinstance(section, dict):
+            continue
+        train, merge = _mapping(variant, "train"), _mapping(variant, "merge")
+        base = section.get("base") or train.get("init") or merge.get("base")
+        base = base or next(iter(_list(merge, "inputs")), None)
+        if not isinstance(base, str):
+            continue
+        if base not in rows or base == name:
+            yield f"{at}.base", f"'{base}' is no other row; rows: {', '.join(map(str, rows))}"
+        elif isinstance(variants.get(base), dict) and variants[base].get("ensemble"):
+            yield f"{at}.base", f"'{base}' is an ensemble: it has no weights"
+        elif _mapping(sections, base).get("bits", "exact") != "exact":
+            yield f"{at}.base", f"'{base}' is itself kept with a loss; keep it exact, or whole"
+
+
 def _unfit(path: str, fuse: Mapping) -> Problems:
     """Values of a fuse section that are right alone, but not together."""
     function = fuse.get("function")

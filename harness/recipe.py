@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from fusion.errors import RecipeError
 from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant, operational
-from harness.checks import close, methods, names, references, statistics, suites
+from harness.checks import close, kept, methods, names, references, statistics, suites
 
 BUNDLED = Path(__file__).parent / "recipes"
 
@@ -139,7 +139,8 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems += [_explain(e, raw) for e in error.errors()]
-    problems += [*names(raw), *references(raw), *methods(raw), *statistics(raw), *suites(raw)]
+    problems += [*names(raw), *references(raw), *methods(raw)]
+    problems += [*statistics(raw), *kept(raw), *suites(raw)]
     if problems or recipe is None:
         unique = dict.fromkeys(problems)
         width = max(len(path) for path, _ in unique)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness.keeping import told
 from harness.plan import Plan, Step, suite_of
 from harness.recipe import Loaded
 from harness.store import identity, provenance, read_manifest, write_json
@@ -116,15 +117,17 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         for step in plan.steps.values()
         if step.kind == "capture" and row in step.rows
     ]
+    kept = (read_manifest(folder) or {}).get("kept") if folder else None
     return {
         "name": row,
         "kind": kind,
-        "summary": plan.summaries[row],
+        "summary": plan.summaries[row] + (f"; {told(kept)}" if kept else ""),
         "identity": plan.identities[row],
         "folder": _relative(plan, folder),
         "cost": _cost(folder) if folder else None,
         "training_log": _relative(plan, log) if log and log.exists() else None,
         "captures": captures,
+        "kept": kept,
     }
 
 
