@@ -44,6 +44,8 @@ def _keep(plan: Plan, row: str, step: Step, bits: float | str) -> None:
         if not _weights(step.folder):
             say(f"{row}: is kept at {kept['bits']} bits already; the recipe's {bits} is too late")
             return
+        del manifest["kept"]  # its delta is about to be another
+        write_json(step.folder / "manifest.json", manifest)
         kept = None
     if not kept:
         manifest["kept"] = _compressed(plan, row, step.folder, bits)

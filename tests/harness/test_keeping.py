@@ -28,7 +28,7 @@ variants:
     merge: {{inputs: [one, two], method: linear, parameters: {{weights: [1, 3]}}}}
     keep: {{bits: exact, base: two}}
   user: {{merge: {{inputs: [same, one], method: linear}}}}
-evaluate: {{suites: [tiny_text]}}
+evaluate: {{suites: [tiny_text], limit: 4}}
 reference: one
 """
 
