@@ -30,6 +30,7 @@ from fusion.errors import RecipeError, RunError
 from fusion.geometry import EMBEDDINGS
 from fusion.merging import MERGE_METHODS, context, needs_base
 from fusion.models import DTYPES
+from fusion.statistics import opened_statistics
 from fusion.streaming import Merging
 
 SHARD_BYTES = 2_000_000_000  # tensor bytes in one written file, at most, if no tensor is larger
@@ -126,6 +127,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     pad: str | None = None,
     rows: Sequence[str] | None = None,
+    statistics: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files, notes.
 
@@ -134,8 +136,9 @@ def merge(
     hindering. Embeddings of unequal size are refused unless `pad` says how to make them equal:
     trim them to the rows that all have, or extend them by the rows of the first model that has
     them, the base first. `merge.yaml` and README.md in `out` say what was merged, by the names
-    `rows` (by default the folders'; the base's, if there is one, is the last). Everything is
-    written in a hidden folder beside `out` and moved when whole; a manifest is the caller's.
+    `rows` (by default the folders'; the base's, if there is one, is the last). `statistics`:
+    folders of `statistics.collect`, one a model, if the method takes them. Everything is written
+    in a hidden folder beside `out` and moved when whole; a manifest is the caller's.
     RecipeError if the method refuses its parameters; RunError if the models do not fit together,
     with all mismatches, or a file is damaged.
     """
@@ -157,7 +160,8 @@ def merge(
         floats = [n for n in sorted(opened[origin].files) if opened[origin].code(n) in FLOATS]
         keys = [identity(folder) for folder in folders] if "models" in context(method) else None
         ground = opened[base] if base else None
-        work = Merging(inputs, ground, method, parameters, floats, keys)
+        collected = opened_statistics(statistics, method, folders, inputs, stack)
+        work = Merging(inputs, ground, method, parameters, floats, keys, collected)
 
         def merged(name: str) -> Iterator[Tensor]:
             if inputs[0].code(name) not in FLOATS:
@@ -173,8 +177,8 @@ def merge(
                 entries[name] = (_CODES[dtype], size, shape)
             else:
                 entries[name] = (code, inputs[0].read(name).nbytes, shape)
-        with _published(out) as partial:
-            facts = _write(partial, entries, merged, shard_bytes)
+        with published(out) as partial:
+            facts = write_tensors(partial, entries, merged, shard_bytes)
             _copy_beside(origin, partial, {**config, "dtype": dtype})
             names = list(rows or (folder.name for folder in (*folders, origin)))
             section = {
@@ -238,7 +242,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise RunError(f"{what}; if it is truncated or damaged, fetch or build it again") from error
 
 
-def _write(
+def write_tensors(
     out: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]], limit: int
 ) -> dict[str, Any]:
     """Compute and write tensors in the order of `entries`, in files of at most `limit` bytes."""
@@ -295,7 +299,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`; its files move into `out` when all are written."""
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -318,13 +322,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _copy_beside(source: Path, out: Path, config: dict[str, Any]) -> None:
     """Everything beside the weights; the configuration says what was written."""
-    for path in _beside(source):
+    for path in files_beside(source):
         shutil.copyfile(path, out / path.name)
     config.pop("torch_dtype", None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _beside(folder: Path) -> list[Path]:
+def files_beside(folder: Path) -> list[Path]:
     found = {path for pattern in _BESIDE.split() for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
@@ -353,7 +357,7 @@ def identity(folder: Path) -> str:
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             lines = list(threads.map(line, sorted(pieces)))
-    for path in _beside(folder):
+    for path in files_beside(folder):
         lines.append([path.name, hashlib.sha256(path.read_bytes()).hexdigest()])
     return hashlib.sha256("\n".join(map(json.dumps, lines)).encode()).hexdigest()
 

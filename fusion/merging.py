@@ -11,7 +11,7 @@ float64 was given), and not a bit of it depends on the order of the models or th
 What a method must know beyond one tensor's numbers, it takes by keyword, and does without by
 default: `name` of the tensor, `models` (what tells them apart), `start` (place of the first
 element, if rows of a tensor are given), `found` (what its line in STATISTICS found over the tensor
-or the model).
+or the model), `statistics` (what its line in COLLECTED says of each model, see `statistics.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fusion.geometry import (
     slerp,
     widen,
 )
+from fusion.informed import fisher, regmean
 from fusion.means import linear, squared_changes, task_arithmetic, varm
 from fusion.selection import sce_fusechat, sce_mergekit, sce_paper
 from fusion.sparse import dare_linear, dare_ties, ties_mergekit, ties_paper, trim
@@ -35,7 +36,8 @@ from fusion.sparse import dare_linear, dare_ties, ties_mergekit, ties_paper, tri
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONTEXT = ("name", "models", "start", "found")  # given by who reads the files, not by a recipe
+# Given by who reads the files, not by a recipe.
+CONTEXT = ("name", "models", "start", "found", "statistics")
 
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -81,6 +83,8 @@ MERGE_METHODS: dict[str, Callable[..., Tensor]] = {
     "varm": varm,
     "model_stock": model_stock,
     "widen": widen,
+    "fisher": fisher,
+    "regmean": regmean,
 }
 
 # Of the method's own parameters, those by these functions' names are passed on.
@@ -92,4 +96,11 @@ STATISTICS: dict[str, Callable[..., Any]] = {
     "varm": squared_changes,
 }
 
-_BY_ROWS = frozenset(STATISTICS) | {"linear", "task_arithmetic", "dare_linear", "dare_ties"}
+# Statistics of each model on the corpus, and which of the method's parameters they are made with.
+COLLECTED = {"fisher": ("fisher", ("blocks", "labels")), "regmean": ("gram", ("blocks",))}
+
+_BY_ROWS = (
+    frozenset(STATISTICS)
+    | frozenset(COLLECTED)
+    | {"linear", "task_arithmetic", "dare_linear", "dare_ties"}
+)

@@ -76,8 +76,12 @@ Weight = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Decay, Tag("decay")],
     Discriminator(lambda given: "decay" if isinstance(given, dict | Decay) else "number"),
 ]
+Bits = Annotated[
+    Annotated[float, Field(gt=0, le=16), Tag("number")] | Annotated[Literal["exact"], Tag("word")],
+    Discriminator(lambda given: "word" if isinstance(given, str) else "number"),
+]
 # Which of several shapes a value was read as; no part of a path in the file.
-SHAPES = ("number", "decay", "int", "float", "bool", "dict[str,int]")
+SHAPES = ("number", "decay", "word", "int", "float", "bool", "dict[str,int]")
 
 REFERENCE = {
     "function": "min_ce@reference",
@@ -187,12 +191,34 @@ class Ensemble(Section):
     parameters: dict[str, float] = Field({}, description="parameters of the rule")
 
 
+class Keep(Section):
+    """Once a row is measured, keep its weights as their difference from another row's."""
+
+    bits: Bits = operational(..., "what an element of a matrix may take; or exact")
+    base: str | None = operational(
+        None, "the other row; if not given, the one that it was made from"
+    )
+
+
 class Variant(Section):
     """A named way to make one model from others: exactly one of train, merge, ensemble."""
 
     train: Train | None = None
     merge: Merge | None = None
     ensemble: Ensemble | None = None
+    keep: Keep | None = operational(
+        None, "keep the weights as a compressed difference once all is measured"
+    )
+
+    @property
+    def kept_from(self) -> str | None:
+        """The row whose difference is kept, if one is."""
+        if self.keep is None:
+            return None
+        made_from = self.train.init if self.train else None
+        if self.merge:
+            made_from = self.merge.base or self.merge.inputs[0]
+        return self.keep.base or made_from
 
 
 class Machine(Section):

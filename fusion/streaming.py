@@ -8,6 +8,7 @@ methods that rank the elements of a tensor take it in one piece.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fusion.merging import MERGE_METHODS, STATISTICS, by_rows, context, over_model
+from fusion.statistics import Statistics
 
 if TYPE_CHECKING:
     from fusion.checkpoints import Checkpoint
@@ -63,12 +65,19 @@ class Merging:
         parameters: Mapping[str, Any],
         names: Sequence[str],
         models: Sequence[str] | None,
+        statistics: Sequence[Statistics] = (),
     ) -> None:
-        """`names`: all tensors that are merged; `models`: what draws tell models apart by."""
+        """`names`: all tensors that are merged; `models`: what draws tell models apart by.
+
+        `statistics`: of each model, if the method takes them.
+        """
         self.method, self.parameters = method, dict(parameters)
         self.inputs, self.base = inputs, base
         self.cut = by_rows(method, parameters)
         self.known = {"models": models} if models is not None else {}
+        self.collected = statistics
+        # In units of their mean, so that a method's floor means the same for every model.
+        self.unit = math.fsum(one.mean for one in statistics) / max(1, len(statistics)) or 1.0
         self.found: Any = None
         if over_model(method, parameters):
             self.found = self._statistics(names)
@@ -79,9 +88,20 @@ class Merging:
         known = {**self.known, "name": name}
         if "found" in takes:
             known["found"] = self.found if self.found is not None else self._statistics([name])
-        for start, tensors, base in Pieces(self.inputs, self.base, [name], self.cut).of(name):
-            given = {key: value for key, value in {**known, "start": start}.items() if key in takes}
+        collected = self.collected if all(name in one for one in self.collected) else ()
+        cut = self.cut and all(one.kind == "fisher" for one in collected)
+        for start, tensors, base in Pieces(self.inputs, self.base, [name], cut).of(name):
+            here: dict[str, Any] = {**known, "start": start}
+            if collected:
+                here["statistics"] = [self._of(one, name, start, tensors[0]) for one in collected]
+            given = {key: value for key, value in here.items() if key in takes}
             yield MERGE_METHODS[self.method](tensors, base, **self.parameters, **given)
+
+    def _of(self, one: Statistics, name: str, start: int, piece: Tensor) -> Tensor:
+        """What a model's statistics say of a piece."""
+        row = start // max(1, prod(piece.shape[1:]))
+        stop = row + len(piece) if piece.dim() else None
+        return one.read(name, row, stop) / self.unit
 
     def _statistics(self, names: Sequence[str]) -> Any:
         function = STATISTICS[self.method]

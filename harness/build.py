@@ -174,6 +174,10 @@ def model_folder(plan: Plan, row: str) -> Path:
     if folder is None:
         raise RunError(f"{row}: an ensemble has no weights")
     manifest = read_manifest(folder)
+    if manifest and "kept" in manifest:
+        from harness.keeping import weights_again
+
+        weights_again(plan, row, folder)
     snapshot = (manifest or {}).get("facts", {}).get("snapshot")
     return Path(snapshot) if snapshot else folder
 
@@ -346,6 +350,28 @@ def launch(job: Path, processes: int) -> None:
         raise RunError(f"training ended with {done.returncode}; {log} ends:\n{end}")
 
 
+def _statistics(plan: Plan, step: Step) -> dict[str, Any]:
+    """What the corpus says about one row's weights, for merges."""
+    from fusion.corpus import read_blocks
+    from fusion.models import load_model, load_tokenizer
+    from fusion.statistics import collect
+
+    content = step.content
+    blocks = read_blocks(plan.steps[content["corpus"]].folder / "blocks.parquet")
+    folder = model_folder(plan, content["row"])
+    with bar(f"{step.name} · statistics, blocks", content["blocks"]) as progress:
+        return collect(
+            content["statistics"],
+            load_model(folder, device=device(plan)),
+            load_tokenizer(folder),
+            blocks[: content["blocks"]],
+            step.folder,
+            content.get("labels", "data"),
+            content.get("seed", 0),
+            progress,
+        )
+
+
 def _merge(plan: Plan, step: Step) -> dict[str, Any]:
     """Weights of several rows combined."""
     from fusion.checkpoints import merge
@@ -361,6 +387,7 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
         section.dtype,
         pad=section.pad,
         rows=[*section.inputs, *([section.base] if section.base else [])],
+        statistics=[plan.steps[i].folder for i in step.content.get("statistics", ())],
     )
 
 
@@ -370,5 +397,6 @@ STAGES: Mapping[str, Callable[[Plan, Step], dict[str, Any]]] = {
     "capture": _capture,
     "map": _map,
     "train": _train,
+    "statistics": _statistics,
     "merge": _merge,
 }

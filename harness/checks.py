@@ -146,6 +146,58 @@ def methods(raw: Mapping) -> Problems:
             yield from _method(f"{at}.rule", section, "rule", ENSEMBLE_RULES, rule_parameters)
 
 
+def statistics(raw: Mapping) -> Problems:
+    """Merges that read the corpus: that there is one, and how much of it they read."""
+    from fusion.merging import COLLECTED
+
+    for name, kind, section in _variants(raw):
+        method = section.get("method")
+        if kind != "merge" or not isinstance(method, str) or method not in COLLECTED:
+            continue
+        corpus = raw.get("corpus")
+        if not isinstance(corpus, dict):
+            yield "corpus", f"missing: '{method}' takes statistics of the models on one"
+            corpus = {}
+        given = _mapping(section, "parameters")
+        at = f"variants.{name}.merge.parameters"
+        labels = given.get("labels", "data")
+        if "labels" in COLLECTED[method][1] and labels not in ("data", "model"):
+            yield f"{at}.labels", f"'{labels}' is unknown; known: data, model"
+        blocks, tokens, size = given.get("blocks", 1), corpus.get("tokens"), corpus.get("blocks")
+        if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+            yield f"{at}.blocks", f"{blocks!r} is not right; should be a number of blocks"
+        elif (
+            isinstance(tokens, int) and isinstance(size, int) and blocks * size > tokens > size > 0
+        ):
+            there = tokens // size
+            yield f"{at}.blocks", f"{blocks} is not right; the corpus has {there} blocks"
+
+
+def kept(raw: Mapping) -> Problems:
+    """Variants that are kept as a difference: from weights that can be had exactly."""
+    variants = _mapping(raw, "variants")
+    sections = {n: v["keep"] for n, v in variants.items() if isinstance(v, dict) and v.get("keep")}
+    rows = [*_mapping(raw, "sources"), *variants]
+    for name, section in sections.items():
+        at = f"variants.{name}.keep"
+        variant = variants[name]
+        if variant.get("ensemble"):
+            yield at, "an ensemble has no weights to keep"
+        if not isinstance(section, dict):
+            continue
+        train, merge = _mapping(variant, "train"), _mapping(variant, "merge")
+        base = section.get("base") or train.get("init") or merge.get("base")
+        base = base or next(iter(_list(merge, "inputs")), None)
+        if not isinstance(base, str):
+            continue
+        if base not in rows or base == name:
+            yield f"{at}.base", f"'{base}' is no other row; rows: {', '.join(map(str, rows))}"
+        elif isinstance(variants.get(base), dict) and variants[base].get("ensemble"):
+            yield f"{at}.base", f"'{base}' is an ensemble: it has no weights"
+        elif _mapping(sections, base).get("bits", "exact") != "exact":
+            yield f"{at}.base", f"'{base}' is itself kept with a loss; keep it exact, or whole"
+
+
 def _unfit(path: str, fuse: Mapping) -> Problems:
     """Values of a fuse section that are right alone, but not together."""
     function = fuse.get("function")

@@ -164,6 +164,21 @@ def export(
         print(path)
 
 
+@app.command()
+def restore(
+    name: Annotated[str, typer.Argument(help="a row's folder, or its name in the store's models/")],
+    to: Annotated[Path, typer.Option("--to", help="where to write the model")],
+    base: Annotated[
+        Path | None, typer.Option("--base", help="the model that the difference was taken from")
+    ] = None,
+) -> None:
+    """Write a row whose recipe said `keep` as an ordinary model folder again."""
+    from harness.keeping import restore_to
+    from harness.store import home
+
+    print(restore_to(home(), name, to, base))
+
+
 Base = Annotated[str, typer.Argument(help="a row of a report, or a run's folder")]
 Candidate = Annotated[str, typer.Argument(help="the row or run that is judged")]
 ReportName = Annotated[

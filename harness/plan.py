@@ -29,6 +29,7 @@ VERSIONS = {
     "map": 2,
     "train": 1,
     "budget": 1,
+    "statistics": 1,
     "merge": 2,
     "evaluate": 2,
 }
@@ -148,16 +149,22 @@ def _variant(out: Plan, name: str) -> None:
     if variant.train:
         _train(out, name, variant.train)
     elif variant.merge:
+        from harness.corpus_steps import statistics
+
         merge = variant.merge
         content = merge.results() | {
             "inputs": [out.identities[i] for i in merge.inputs],
             "base": out.identities[merge.base] if merge.base else None,
             "version": VERSIONS["merge"],
         }
+        collected = [step.identity for step in statistics(out, name, merge)]
+        content |= {"statistics": collected} if collected else {}
         key = identity({"merge": content})
         folder = _place(out.home, "models", name, key)
-        needs = tuple(out.identities[i] for i in inputs(out.recipe, name))
-        out.add(Step("merge", name, folder, key, content, needs, (name,), disk=_size(out, name)))
+        needs = (*(out.identities[i] for i in inputs(out.recipe, name)), *collected)
+        out.add(
+            Step("merge", name, folder, key, content, needs, (name,), disk=model_bytes(out, name))
+        )
         out.identities[name], out.folders[name] = key, folder
         out.summaries[name] = f"{merge.method} merge of {', '.join(merge.inputs)}"
     elif variant.ensemble:
@@ -171,12 +178,14 @@ def _variant(out: Plan, name: str) -> None:
 
 
 def _train(out: Plan, name: str, train: Train) -> None:
+    from harness.corpus_steps import packed_corpus
+
     recipe, home = out.recipe, out.home
     corpus = recipe.corpus
     assert corpus
     init = out.identities[train.init]
     seed = recipe.seed if train.seed is None else train.seed
-    packed = _pack_step(out, name, train)
+    packed = packed_corpus(out, name, train.init, train.domains)
     content: dict[str, Any] = train.results() | {
         "init": init,
         "corpus": packed.identity,
@@ -207,7 +216,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
                 "dtype": train.dtype,
                 "version": VERSIONS["capture"],
             }
-            step = _step(
+            step = planned_step(
                 out,
                 "capture",
                 source,
@@ -237,37 +246,20 @@ def _train(out: Plan, name: str, train: Train) -> None:
     key = identity({"train": content})
     folder = _place(home, "models", name, key)
     tokens = corpus.tokens * train.epochs
-    disk = _size(out, name)
+    disk = model_bytes(out, name)
     out.add(Step("train", name, folder, key, content, tuple(needs), (name,), tokens, disk))
     out.identities[name], out.folders[name] = key, folder
     out.summaries[name] = summary
 
 
-def _pack_step(out: Plan, name: str, train: Train) -> Step:
-    """The blocks that a row trains on; `name` is the row that needs them."""
-    corpus = out.recipe.corpus
-    assert corpus
-    pack: dict[str, Any] = {
-        "corpus": corpus_hash(out.home, corpus.path),
-        "blocks": corpus.blocks,
-        "tokens": corpus.tokens,
-        "tokenizer": tokenizer_identity(out, train.init),
-        "seed": out.recipe.seed,
-        "version": VERSIONS["pack"],
-    }
-    pack |= {"domains": sorted(train.domains)} if train.domains else {}
-    called = "+".join(sorted(train.domains or ["corpus"]))
-    needs = (out.identities[train.init],)
-    row = root(out.recipe, train.init)
-    return out.add(_step(out, "pack", called, pack, needs, name, row=row, tokens=corpus.tokens))
-
-
 def _budget(out: Plan, name: str, rival: Train) -> dict[str, Any]:
     """What decides another row's FLOPs; λ and whatever else costs nothing stays out."""
+    from harness.corpus_steps import packed_corpus
+
     sources = rival.fuse.sources if rival.fuse else []
     return {
         "init": tokenizer_identity(out, rival.init),
-        "corpus": _pack_step(out, name, rival).identity,
+        "corpus": packed_corpus(out, name, rival.init, rival.domains).identity,
         "epochs": rival.epochs,
         "sources": [tokenizer_identity(out, source) for source in sources],
         "version": VERSIONS["budget"],
@@ -295,12 +287,12 @@ def _map_step(
     } | (counted or {})
     corpus = [counted["corpus"]] if counted else []
     needs = (out.identities[roots[0]], out.identities[roots[1]], *corpus)
-    step = _step(out, "map", f"{roots[0]}-to-{roots[1]}", content, needs, name)
+    step = planned_step(out, "map", f"{roots[0]}-to-{roots[1]}", content, needs, name)
     step.content.update(source_row=roots[0], target_row=roots[1])
     return out.add(step)
 
 
-def _step(
+def planned_step(
     out: Plan,
     kind: str,
     name: str,
@@ -323,7 +315,7 @@ def tokenizer_identity(out: Plan, row: str) -> str:
     return out.identities[root(out.recipe, row)]
 
 
-def _size(out: Plan, row: str) -> int:
+def model_bytes(out: Plan, row: str) -> int:
     """Bytes that a model made from this row's source takes, as far as is known."""
     folder = out.folders.get(root(out.recipe, row))
     if folder is None or not folder.is_dir():

@@ -21,7 +21,16 @@ from pydantic import Field, ValidationError
 
 from fusion.errors import RecipeError
 from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant, operational
-from harness.checks import budgets, close, methods, names, references, suites
+from harness.checks import (
+    budgets,
+    close,
+    kept,
+    methods,
+    names,
+    references,
+    statistics,
+    suites,
+)
 
 BUNDLED = Path(__file__).parent / "recipes"
 
@@ -157,7 +166,8 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems += [_explain(e, raw) for e in error.errors()]
-    problems += [*names(raw), *references(raw), *budgets(raw), *methods(raw), *suites(raw)]
+    problems += [*names(raw), *references(raw), *budgets(raw), *methods(raw)]
+    problems += [*statistics(raw), *kept(raw), *suites(raw)]
     if problems or recipe is None:
         unique = dict.fromkeys(problems)
         width = max(len(path) for path, _ in unique)

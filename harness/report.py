@@ -11,6 +11,7 @@ import yaml
 
 from fusion.spec import Variant
 from harness.contamination import contamination
+from harness.keeping import told
 from harness.plan import Plan, Step, suite_of
 from harness.prompts import prompts
 from harness.recipe import Loaded
@@ -166,10 +167,11 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         for step in plan.steps.values()
         if step.kind == "capture" and row in step.rows
     ]
+    kept = (read_manifest(folder) or {}).get("kept") if folder else None
     return {
         "name": row,
         "kind": kind,
-        "summary": plan.summaries[row],
+        "summary": plan.summaries[row] + (f"; {told(kept)}" if kept else ""),
         "identity": plan.identities[row],
         "trained": _trained(plan, row),
         "folder": _relative(plan, folder),
@@ -180,6 +182,7 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         "sources": _drawn_on(variant),
         "target": _target(plan, row),
         "won": facts.get("won"),
+        "kept": kept,
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import RecipeError, RunError
-from harness.plan import Plan, Step, plan, suite_of
+from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
 from harness.store import home, read_manifest
@@ -37,6 +37,7 @@ def run(
         planned, reasons = _build(loaded, planned, rows)
     if "evaluate" in stages:
         reasons |= _evaluate(planned, rows, reasons)
+        reasons |= _keep(planned, rows)
     code = 1 if reasons else 0
     if "report" in stages:
         from harness.report import write
@@ -134,6 +135,22 @@ def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> di
     from harness.measuring import measure_rows
 
     return measure_rows(planned, todo)
+
+
+def _keep(planned: Plan, rows: Sequence[str]) -> dict[str, str]:
+    """Compress what is to be kept so, once nothing needs it; reasons by "row/keep" for failures."""
+    variants = planned.recipe.variants
+    done = []
+    for row in rows:
+        if row in variants and variants[row].keep:
+            users = [name for name in variants if row in inputs(planned.recipe, name)]
+            if not pending(planned, [row, *users], ("build", "evaluate")):
+                done.append(row)
+    if not done:
+        return {}
+    from harness.keeping import keep_rows
+
+    return {f"{row}/keep": reason for row, reason in keep_rows(planned, done).items()}
 
 
 def rescore(reference: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from fusion import merging, streaming
 from fusion.checkpoints import INDEX, identity, merge
 from fusion.errors import RecipeError, RunError
-from fusion.merging import MERGE_METHODS, STATISTICS, context, needs_base, over_model
+from fusion.merging import COLLECTED, MERGE_METHODS, STATISTICS, context, needs_base, over_model
 
 Make = Callable[..., Path]
 
@@ -71,7 +71,11 @@ def test_a_merged_folder_is_a_whole_model(make: Make, tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("method", MERGE_METHODS)
+# Those that take statistics of the models are merged in test_statistics.py.
+WITHOUT = [method for method in MERGE_METHODS if method not in COLLECTED]
+
+
+@pytest.mark.parametrize("method", WITHOUT)
 def test_every_method_merges_folders(make: Make, tmp_path: Path, method: str) -> None:
     base = make("base", 0) if needs_base(method) else None
     one, two = make("one", 1), make("two", 2)
@@ -90,7 +94,7 @@ def test_every_method_merges_folders(make: Make, tmp_path: Path, method: str) ->
         assert torch.equal(tensor, expected)
 
 
-CUT = [(m, {}) for m in MERGE_METHODS] + [
+CUT = [(m, {}) for m in WITHOUT] + [
     ("varm", {"granularity": "layer"}),
     ("varm", {"granularity": "model"}),
     ("model_stock", {"filter_wise": True}),

@@ -224,7 +224,7 @@ def test_what_a_recipe_may_set_is_the_signature() -> None:
     assert list(parameters("dare_ties"))[-2:] == ["rescale", "seed"]
     assert parameters("sce")["select_topk"].default == 0.1
     without = [method for method in MERGE_METHODS if not needs_base(method)]
-    assert without == ["linear", "slerp", "karcher"]
+    assert without == ["linear", "slerp", "karcher", "fisher", "regmean"]
 
 
 def test_signatures_are_there_without_torch() -> None:
