@@ -13,6 +13,14 @@ the end sum to one at every position, and bytes are the same for all tokenizers:
 without a map. Sound for tokenizers whose tokens spell the text; a member that has no stem for what
 was read is silent from there on.
 
+Of one model, log P(text | context) by bytes is the log-probability of all that covers context and
+text less that of all that covers the context. The sum over its tokens is of one cut of each alone:
+of the terms of the first, the cut that ends where the text does. Neither bounds the other, but
+after an empty context, where the second is zero.
+
+At the very start of a text a tokenizer that puts a space in front reads "x" and " x" alike; which
+of them is read there is taken from the text.
+
 *Relative to* a sum over all cuts of the text: stems that the tokenizer itself would never make are
 left out; there are exponentially many, and models hardly find them likely.
 

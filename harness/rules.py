@@ -131,7 +131,10 @@ def majority_vote(bits: np.ndarray) -> np.ndarray:
 def byte_exact(bits: np.ndarray) -> np.ndarray:
     """Every member counts the same; probabilities of the next byte are averaged, without a map.
 
-    Members of one tokenizer are mixed by token, which is as exact.
+    Members of one tokenizer are mixed by token, which is exact, too, and a member that is all of
+    the weight is given back as it is. So one model and its copies score as that model does: by its
+    own tokens. Across tokenizers a choice has the probability that the text goes on with its bytes,
+    however they are cut and whatever follows, which is not the same (`bytewise.py`).
     """
     return np.full(len(bits), 1.0 / len(bits))
 
