@@ -189,6 +189,14 @@ class Ensemble(Section):
     )
     rule: str = Field(description="an ensemble rule, see `kfuse list`")
     parameters: dict[str, float] = Field({}, description="parameters of the rule")
+    weights: list[float] | None = Field(
+        None,
+        description="of the members, from 0 on, that sum to 1; equal if not given; a rule that "
+        "reads the prompt multiplies them with its own",
+    )
+    level: Literal["sequence", "chunk", "token", "byte"] | None = Field(
+        None, description="at which choices are mixed; the rule's own if not given"
+    )
 
 
 class Keep(Section):

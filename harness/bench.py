@@ -28,6 +28,7 @@ from fusion.tokens import tokenize
 from fusion.training import Blocks, collate
 from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
+from harness.bench_ensembles import ensembles
 from harness.build import build, device, model_folder
 from harness.parity import parity
 from harness.peers import scoring
@@ -204,6 +205,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "loss": loss,
     "scoring": scoring,
     "parity": parity,
+    "ensembles": ensembles,
 }
 
 

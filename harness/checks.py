@@ -143,7 +143,26 @@ def methods(raw: Mapping) -> Problems:
             from harness.rules import ENSEMBLE_RULES
             from harness.rules import parameters as rule_parameters
 
-            yield from _method(f"{at}.rule", section, "rule", ENSEMBLE_RULES, rule_parameters)
+            found = list(_method(f"{at}.rule", section, "rule", ENSEMBLE_RULES, rule_parameters))
+            yield from found or _weighed(at, section)
+
+
+def _weighed(path: str, ensemble: Mapping) -> Problems:
+    """Values of an ensemble's rule, weights and level; wrong types are told elsewhere."""
+    from harness.rules import ENSEMBLE_RULES, problems
+
+    rule, given = ensemble.get("rule"), ensemble.get("parameters") or {}
+    weights, level = ensemble.get("weights"), ensemble.get("level")
+    right = isinstance(given, dict) and all(isinstance(v, int | float) for v in given.values())
+    if rule not in ENSEMBLE_RULES or not right:
+        return
+    if weights is not None and not (
+        isinstance(weights, list) and all(isinstance(w, int | float) for w in weights)
+    ):
+        weights = None
+    level = level if isinstance(level, str) else None
+    for key, what in problems(rule, given, len(_list(ensemble, "members")), weights, level):
+        yield f"{path}.{key}", what
 
 
 def statistics(raw: Mapping) -> Problems:

@@ -1,39 +1,43 @@
 """Several models as one lm-eval model, whatever their vocabularies.
 
-Members are weighed by an ensemble rule on the prompt. A continuation is scored chunk by chunk: a
-chunk lies between two byte positions where tokens of all members end, and its probability is the
-weighted mean of the members' probabilities. Generation mixes next-token probabilities in the first
-member's vocabulary, where the others arrive through the prefix map; after every token each other
-member re-reads the text's end and takes back what it would now cut differently.
+Members are weighed by an ensemble rule (`rules.py`), which also says what the weights mix and at
+which level: whole choices or chunks between common token ends (`mixing.py`), tokens of the first
+member's vocabulary (`tokenwise.py`, `speaking.py`) or bytes (`bytewise.py`). A member that is all
+of the weight is given back as it is.
 
-Shapes: M members, B rows, V vocabulary of the first member, U of another.
+Shapes: M members.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor
 
-from fusion.models import logits, token_logprobs
-from fusion.tokens import tokenize
-from harness.caching import GrowingCache
+from fusion.tokens import fingerprint, tokenize
+from harness.mixing import evidence, mix_chunks, mixture, vote
 from harness.packing import alike
 from harness.rolling import Rolled
-from harness.rules import ENSEMBLE_RULES
-from harness.scoring import LM, Generation, Instance, Pair, Scored, SharedPrefixLM, Stopper
+from harness.rules import ENSEMBLE_RULES, Level, Weighing
+from harness.scoring import LM, Generation, Instance, Pair, Scored, SharedPrefixLM
+from harness.speaking import Speaking
+from harness.tokenwise import Vocabularies
+from harness.treewise import by_byte, by_token, rolling_by_byte, rolling_by_token
 
-MIXING = "probabilities: scoring by chunk between common token ends, generation by token"
+Scores = list[tuple[float, bool]]
 
 
 class EnsembleLM(LM):
     """An lm-eval model of several members.
 
-    members: the first one's vocabulary is spoken. maps: csr (U, V) for each further member.
+    members: the first one's vocabulary is spoken. rule: a key of ENSEMBLE_RULES; parameters: its
+    own. maps: csr (U, V) for each further member. weights: of the members, equal if not given; a
+    rule that reads the prompt multiplies them. level: at which choices are mixed, if not the
+    rule's own. Raises RecipeError with all that is wrong with these.
     """
 
     def __init__(
@@ -42,66 +46,198 @@ class EnsembleLM(LM):
         rule: str,
         parameters: dict[str, float],
         maps: Sequence[sparse.csr_array],
+        weights: Sequence[float] | None = None,
+        level: Level | None = None,
     ) -> None:
         super().__init__()
         self.members = list(members)
         self.maps = list(maps)
-        self.weigh: Callable[[np.ndarray], np.ndarray] = lambda bits: ENSEMBLE_RULES[rule](
-            bits, **parameters
-        )
+        self.weigh = Weighing(rule, parameters, len(self.members), weights, level)
+        self.mixing = self.weigh.mixing
+        self.level = self.mixing.scoring
+        self.notes = list(dict.fromkeys(note for member in self.members for note in member.notes))
+        tokenizers = {fingerprint(self.members[j].tokenizer) for j in self.weigh.alive}
+        if self.level == "byte" and len(tokenizers) == 1:
+            self.level = "token"
+            if len(self.weigh.alive) > 1:
+                self.notes.append("members of one tokenizer were mixed by token, not by byte")
+        self.engine = {"mixing": str(self.mixing)}
+        for number, member in enumerate(self.members, 1):
+            self.engine |= {f"member {number} {key}": said for key, said in member.engine.items()}
 
     @property
     def forward_tokens(self) -> int:
-        """What went through all members."""
-        return sum(member.forward_tokens for member in self.members)
+        """What went through all members; one that is there twice counts once."""
+        return sum(m.forward_tokens for m in {id(m): m for m in self.members}.values())
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the member whose vocabulary is spoken."""
         return self.members[0].tokenizer
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """(log-probability of the mixture, whether greedy for all members) of each continuation."""
-        texts = [request.args for request in requests]
+    @cached_property
+    def vocabularies(self) -> Vocabularies:
+        """What the further members predict, in the first one's vocabulary."""
+        return Vocabularies(self.members, self.maps, self.mixing.what)
+
+    @property
+    def alone(self) -> SharedPrefixLM | None:
+        """The member that is all of the ensemble, if one is."""
+        alive = self.weigh.alive
+        return self.members[alive[0]] if len(alive) == 1 else None
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Scores:
+        """(log-probability of the mixture, whether greedy) of each continuation.
+
+        Greedy: by token and by byte under the mixture, else for all members that count.
+        """
+        if self.alone:
+            return self.alone.loglikelihood(requests)
         pairs = [member.pairs(requests) for member in self.members]
-        scored = [m.score(p, contexts=True) for m, p in zip(self.members, pairs, strict=True)]
+        if self.level in ("token", "byte"):
+            return self._by_tree(requests, pairs)
+        scored = [
+            member.score(pair, contexts=self.weigh.reads_prompt)
+            for member, pair in zip(self.members, pairs, strict=True)
+        ]
+        weights = self._weights(requests, scored)
+        if self.mixing.what == "votes":
+            weights = self._voted(requests, scored, weights)
         out = []
-        for index, (context, continuation) in enumerate(texts):
-            one = [(p[index], s[index]) for p, s in zip(pairs, scored, strict=True)]
-            weights = self.weigh(self._prompt_bits(context, one))
-            ends = [
-                self._ends(member, context + continuation, len(pair[1]))
-                for member, (pair, _) in zip(self.members, one, strict=True)
-            ]
-            total = mix_chunks([s.logprobs.numpy() for _, s in one], ends, weights)
-            out.append((total, all(s.greedy for _, s in one)))
+        for index, request in enumerate(requests):
+            own = [s[index] for s in scored]
+            some = np.flatnonzero(weights[index])
+            if len(some) == 1:
+                total = own[some[0]].total
+            elif self.level == "sequence":
+                total = float(mixture(np.array([s.total for s in own]), weights[index]))
+            else:
+                text = "".join(request.args)
+                logprobs = [s.logprobs.numpy() for s in own]
+                total = mix_chunks(logprobs, self._ends(text, logprobs), weights[index])
+            out.append((total, all(own[j].greedy for j in some)))
         return out
+
+    def _ends(self, text: str, logprobs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Byte ends of a text's last tokens, as many as there are log-probabilities."""
+        out = []
+        for member, found in zip(self.members, logprobs, strict=True):
+            ends = tokenize(member.tokenizer, text).ends
+            missing = max(0, len(found) - len(ends))
+            out.append(np.concatenate([np.zeros(missing, np.int64), ends])[-len(found) :])
+        return out if all(map(len, logprobs)) else [end[:0] for end in out]
+
+    def _weights(
+        self, requests: Sequence[Instance], scored: Sequence[Sequence[Scored]]
+    ) -> list[np.ndarray]:
+        """The members' weights for each request; the same for all that share a context."""
+        known: dict[str, np.ndarray] = {}
+        for index, request in enumerate(requests):
+            context = request.args[0]
+            if context not in known:
+                read = [s[index].context for s in scored] if self.weigh.reads_prompt else []
+                known[context] = self.weights(context, [x.numpy() for x in read if x is not None])
+        return [known[request.args[0]] for request in requests]
+
+    def weights(self, context: str, logprobs: Sequence[np.ndarray]) -> np.ndarray:
+        """The members' weights (M,) after a prompt, from the log-probabilities of its last tokens.
+
+        Equal members where nothing is asked about it, or there is nothing in it.
+        """
+        prompt = context.rstrip()
+        if not logprobs or not prompt:
+            return self.weigh(np.zeros(len(self.members)))
+        ends = [tokenize(member.tokenizer, prompt).ends for member in self.members]
+        return self.weigh(*evidence(logprobs, ends))
+
+    def _voted(
+        self,
+        requests: Sequence[Instance],
+        scored: Sequence[Sequence[Scored]],
+        weights: list[np.ndarray],
+    ) -> list[np.ndarray]:
+        """Each question's weights, of the members that voted for the winner."""
+        questions: dict[Any, list[int]] = {}
+        for index, request in enumerate(requests):
+            question = (request.task_name, request.doc_id)
+            alone = request.doc_id is None
+            questions.setdefault(request.args[0] if alone else question, []).append(index)
+        out = list(weights)
+        for choices in questions.values():
+            totals = np.array([[s[index].total for s in scored] for index in choices])
+            sizes = [len(requests[index].args[1].encode()) for index in choices]
+            voted = vote(totals, weights[choices[0]], sizes)
+            for index in choices:
+                out[index] = voted
+        return out
+
+    def _by_tree(self, requests: list[Instance], pairs: Sequence[Sequence[Pair]]) -> Scores:
+        """By token or byte: all continuations of a context in one row of each member."""
+        contexts: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            contexts.setdefault(request.args[0], []).append(index)
+        firsts = [indices[0] for indices in contexts.values()]
+        weights = dict.fromkeys(contexts, self.weigh.prior)
+        if self.weigh.reads_prompt:
+            scored = [
+                member.score([pair[index] for index in firsts], contexts=True)
+                for member, pair in zip(self.members, pairs, strict=True)
+            ]
+            found = self._weights([requests[index] for index in firsts], scored)
+            weights = dict(zip(contexts, found, strict=True))
+        out: dict[int, tuple[float, bool]] = {}
+        mixed = []
+        for context, indices in contexts.items():
+            (some,) = np.nonzero(weights[context])
+            if len(some) == 1:  # one member is all: as that member says
+                own = self.members[some[0]].loglikelihood([requests[i] for i in indices])
+                out |= zip(indices, own, strict=True)
+            else:
+                mixed.append(context)
+        asked = [(c, [requests[i].args[1] for i in contexts[c]]) for c in mixed]
+        w = [weights[context] for context in mixed]
+        if self.level == "byte":
+            answers = by_byte(self.members, asked, w)
+        else:
+            read = [[[pair[i] for i in contexts[c]] for c in mixed] for pair in pairs]
+            answers = by_token(self.members, self.vocabularies, asked, read, w)
+        for context, scores in zip(mixed, answers, strict=True):
+            out |= zip(contexts[context], scores, strict=True)
+        return [out[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         """Log-probability of each whole text; without a prompt the rule sees equal members."""
+        if self.alone:
+            return self.alone.loglikelihood_rolling(requests)
+        weights = self.weigh(np.zeros(len(self.members)))
+        some = np.flatnonzero(weights)
+        if len(some) == 1:
+            return self.members[some[0]].loglikelihood_rolling(requests)
+        texts = [request.args[0] for request in requests]
+        if self.level == "byte":
+            return [rolling_by_byte(self.members, *_ruled(r, weights)) for r in requests]
+        if self.level == "token":
+            spoken = self.vocabularies
+            return [rolling_by_token(self.members, spoken, *_ruled(r, weights)) for r in requests]
         logprobs: list[list[np.ndarray]] = []
         for member in self.members:
             windows = [member.windows(*request.args) for request in requests]
             scored = iter(member.score([pair for pairs in windows for pair in pairs]))
             logprobs.append(
                 [
-                    np.concatenate([next(scored).logprobs.numpy() for _ in pairs])
+                    np.concatenate([np.zeros(0), *(next(scored).logprobs.numpy() for _ in pairs)])
                     for pairs in windows
                 ]
             )
-        weights = self.weigh(np.zeros(len(self.members)))
         out = []
-        for index, request in enumerate(requests):
+        for index, text in enumerate(texts):
             parts = [member[index] for member in logprobs]
-            ends = [
-                self._ends(member, request.args[0], len(part))
-                for member, part in zip(self.members, parts, strict=True)
-            ]
-            out.append(mix_chunks(parts, ends, weights))
+            if self.level == "sequence":
+                out.append(float(mixture(np.array([part.sum() for part in parts]), weights)))
+            else:
+                out.append(mix_chunks(parts, self._ends(text, parts), weights))
         return out
 
     def rolling(self, requests: list[Instance]) -> list[Rolled]:
@@ -109,192 +245,83 @@ class EnsembleLM(LM):
         return [Rolled(total, None) for total in self.loglikelihood_rolling(requests)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuations of the mixture."""
+        """Continuations of the mixture."""
         return [generation.text for generation in self.generate(requests)]
 
     def generate(
         self, requests: Sequence[Instance], done: Callable[[int], None] = lambda n: None
     ) -> list[Generation]:
-        """Greedy generations of the mixture with their finish reasons."""
+        """Generations of the mixture with their finish reasons; drawn where a request asks for it.
+
+        A vote or a selection is among whole texts, each of one member.
+        """
+        if self.alone:
+            return self.alone.generate(requests, done)
+        if self.mixing.what == "votes":
+            return self._vote_texts(requests)
+        if self.mixing.what == "selection":
+            return self._select(requests)
         out: dict[int, Generation] = {}
-        prepared = [self.members[0].prompt(request) for request in requests]
-        lengths = [len(ids) for ids, _ in prepared]
+        prepared = self.members[0]._prepared(requests)
+        lengths = [len(row.ids) for row in prepared]
         for rows in alike(lengths, self.members[0].generate_rows):
+            contexts = [requests[i].args[0] for i in rows]
             with torch.inference_mode():
-                batch = _Speaking(self, [requests[i] for i in rows], [prepared[i][1] for i in rows])
+                batch = Speaking(self, contexts, [prepared[i] for i in rows])
                 out |= zip(rows, batch.run(), strict=True)
             done(len(out))
         return [out[index] for index in range(len(requests))]
 
-    def _prompt_bits(self, context: str, one: Sequence[tuple[Pair, Scored]]) -> np.ndarray:
-        """Each member's bits per byte on the prompt; equal where there is none."""
-        if not context.strip():
-            return np.zeros(len(one))
-        bits = []
-        for member, (pair, scored) in zip(self.members, one, strict=True):
-            bits.append(member_bits(member, context, pair[0], scored.context))
-        return np.array(bits)
-
-    def _ends(self, member: SharedPrefixLM, text: str, count: int) -> np.ndarray:
-        """Byte ends of a text's last `count` tokens."""
-        return tokenize(member.tokenizer, text).ends[-count:] if count else np.zeros(0, np.int64)
-
-
-def member_bits(member: SharedPrefixLM, text: str, ids: Sequence[int], logprob: float) -> float:
-    """Bits per byte of a prompt; a first token that nothing predicts does not count."""
-    size = len(text.encode())
-    if ids and ids[0] != member.tokenizer.bos_token_id:
-        size -= int(tokenize(member.tokenizer, text).ends[0])
-    return -logprob / (np.log(2) * max(1, size))
-
-
-def mix_chunks(
-    logprobs: Sequence[np.ndarray], ends: Sequence[np.ndarray], weights: np.ndarray
-) -> float:
-    r"""Log-probability of a text under the mixture, chunk by chunk.
-
-        log P = Σ_c log Σ_j w_j exp(Σ_{t in c} log p_j,t)
-
-    logprobs, ends: for each member its tokens' log-probabilities and byte ends. A chunk ends where
-    a token of every member ends; without one, the whole text is one chunk.
-    """
-    common = set(ends[0].tolist())
-    for other in ends[1:]:
-        common &= set(other.tolist())
-    borders = sorted(common)
-    parts = []
-    for logprob, end in zip(logprobs, ends, strict=True):
-        reached = np.concatenate([[0.0], np.cumsum(logprob)])
-        at = np.searchsorted(end, borders[:-1], side="right")
-        parts.append(np.diff(reached[np.array([0, *at, len(logprob)], dtype=np.int64)]))
-    with np.errstate(divide="ignore"):
-        return float(np.logaddexp.reduce(np.log(weights)[:, None] + np.stack(parts), axis=0).sum())
-
-
-class _Speaking:
-    """One batch of rows that generate together: what each member has read, and the weights."""
-
-    def __init__(
-        self, ensemble: EnsembleLM, requests: Sequence[Instance], stoppers: Sequence[Stopper]
-    ) -> None:
-        self.ensemble, self.stoppers = ensemble, list(stoppers)
-        self.contexts = [request.args[0] for request in requests]
-        self.alive = list(range(len(requests)))
-        self.made: list[list[int]] = [[] for _ in requests]
-        self.caches = [GrowingCache(member.model, len(requests)) for member in ensemble.members]
-        self.weights = np.zeros((len(ensemble.members), len(requests)))
-        self.read: list[list[list[int]]] = []  # member, row: ids in its cache
-        self.skipped: list[list[int]] = []  # member, row: ids cut from the left of the prompt
-        for member in ensemble.members:
-            room = max(1, member.max_length - max(stopper.most for stopper in stoppers))
-            whole = [member.tok_encode(context) for context in self.contexts]
-            self.skipped.append([max(0, len(ids) - room) for ids in whole])
-            self.read.append([ids[-room:] for ids in whole])
-
-    def run(self) -> list[Generation]:
-        """Generate until every row has stopped."""
+    def _select(self, requests: Sequence[Instance]) -> list[Generation]:
+        """Each text as the member says it that the rule selects for its prompt."""
+        scored = []
+        for member in self.members:
+            prompts = [member._asked(request)[0] for request in requests]
+            scored.append(member.score([(ids[:1], ids[1:]) for ids in prompts]))
+        chosen = []
+        for index, request in enumerate(requests):
+            read = [s[index].logprobs.numpy() for s in scored]
+            chosen.append(int(self.weights(request.args[0], read).argmax()))
         out: dict[int, Generation] = {}
-        last = self._prefill()
-        current = [np.ones(len(self.alive), dtype=bool)] * len(self.caches)
-        while True:
-            going = []
-            for slot, (row, token) in enumerate(
-                zip(self.alive, self._choose(last, current), strict=True)
-            ):
-                self.made[row].append(token)
-                finished = self.stoppers[row].check(self.made[row])
-                if finished:
-                    out[row] = finished
-                else:
-                    going.append(slot)
-            if not going:
-                return [out[row] for row in range(len(self.contexts))]
-            if len(going) < len(self.alive):
-                for cache in self.caches:
-                    cache.keep(torch.tensor(going, device=cache.valid.device))
-                self.weights = self.weights[:, going]
-                self.alive = [self.alive[slot] for slot in going]
-            last, current = self._advance()
+        for number, member in enumerate(self.members):
+            own = [index for index, who in enumerate(chosen) if who == number]
+            out |= zip(own, member.generate([requests[i] for i in own]), strict=True)
+        return [out[index] for index in range(len(requests))]
 
-    def _prefill(self) -> list[Tensor]:
-        """Read the prompts; weigh the members by how likely each found them."""
-        last: list[Tensor] = []
-        bits = []
-        for member, cache, ids in zip(self.ensemble.members, self.caches, self.read, strict=True):
-            hidden = cache.feed(ids)
-            member.forward_tokens += sum(map(len, ids))
-            width = hidden.shape[1]
-            scores = []
-            for row, tokens in enumerate(ids):
-                states, total = hidden[row, width - len(tokens) : -1], 0.0
-                if len(states):
-                    gold = torch.tensor(tokens[1:], device=states.device)
-                    total = float(token_logprobs(member.model, states, gold)[0].double().sum())
-                text = (
-                    self.contexts[row]
-                    if not self.skipped[len(last)][row]
-                    else str(member.tokenizer.decode(tokens))
-                )
-                scores.append(member_bits(member, text, tokens, total))
-            bits.append(scores)
-            last.append(hidden[:, -1])
-        self.weights = np.stack(
-            [self.ensemble.weigh(column) for column in np.array(bits).T], axis=1
-        )
-        return last
+    def _vote_texts(self, requests: Sequence[Instance]) -> list[Generation]:
+        """Each text that most members say; of level ones the likeliest, per byte, to its own."""
+        alive = self.weigh.alive
+        said = {int(j): self.members[j].generate(requests) for j in alive}
+        out = []
+        for index, request in enumerate(requests):
+            texts = {j: said[j][index].text.strip() for j in said}
+            heard = {
+                text: sum(self.weigh.prior[j] for j in texts if texts[j] == text)
+                for text in texts.values()
+            }
+            most = max(heard.values())
+            level = [text for text, share in heard.items() if share >= most - 1e-9]
+            if len(level) > 1:
+                level.sort(key=lambda text: -self._found(request, texts, text))  # type: ignore[misc]
+            first = next(j for j in texts if texts[j] == level[0])
+            out.append(said[first][index])
+        return out
 
-    def _choose(self, last: Sequence[Tensor], current: Sequence[np.ndarray]) -> list[int]:
-        """The likeliest token of the mixture for each row; members that lag behind are left out."""
-        # A row where no other member may speak is the first one's alone, whatever it weighs.
-        heard = sum(w * c for w, c in zip(self.weights[1:], current[1:], strict=True))
-        share = np.where(heard == 0, 1.0, self.weights[0])
-        mixed = self._probabilities(0, last[0]) * share[:, None]
-        for index, vocabulary_map in enumerate(self.ensemble.maps, 1):
-            p = self._probabilities(index, last[index])[:, : vocabulary_map.shape[0]]
-            p = (self.weights[index] * current[index])[:, None] * (p @ vocabulary_map)
-            wide = min(p.shape[1], mixed.shape[1])
-            mixed[:, :wide] += p[:, :wide]
-        return mixed.argmax(axis=1).tolist()
+    def _found(self, request: Instance, texts: dict[int, str], text: str) -> float:
+        """How likely, per byte, a text is to the members that said it."""
+        if not text:
+            return -np.inf
+        asked = Instance("loglikelihood", {}, (request.args[0], text), 0)
+        own = [j for j in texts if texts[j] == text]
+        found = [self.members[j].loglikelihood([asked])[0][0] for j in own]
+        w = self.weigh.prior[own]
+        return float(w @ np.array(found) / w.sum()) / len(text.encode())
 
-    def _probabilities(self, index: int, hidden: Tensor) -> np.ndarray:
-        model = self.ensemble.members[index].model
-        return torch.softmax(logits(model, hidden), dim=-1).cpu().numpy()
 
-    def _advance(self) -> tuple[list[Tensor], list[np.ndarray]]:
-        """Let every member read what was said; which rows of which member are up to date."""
-        members = self.ensemble.members
-        first = self.caches[0].feed([[self.made[row][-1]] for row in self.alive])[:, -1]
-        members[0].forward_tokens += len(self.alive)
-        last, current = [first], [np.ones(len(self.alive), dtype=bool)]
-        spoken = [self.ensemble.tokenizer.decode(self.made[row]) for row in self.alive]
-        for index in range(1, len(members)):
-            feed, fresh = [], []
-            for slot, (row, text) in enumerate(zip(self.alive, spoken, strict=True)):
-                # A text that ends inside a character cannot be shown to another tokenizer yet.
-                whole = not text.endswith("\ufffd")
-                feed.append(self._reread(index, slot, row, text) if whole else [])
-                fresh.append(whole)
-            if any(feed):
-                hidden = self.caches[index].feed(feed)[:, -1]
-                members[index].forward_tokens += sum(map(len, feed))
-            else:
-                hidden = torch.zeros_like(self._blank(index))
-            last.append(hidden)
-            current.append(np.array(fresh))
-        return last, current
+__all__ = ["ENSEMBLE_RULES", "EnsembleLM", "mix_chunks"]
 
-    def _blank(self, index: int) -> Tensor:
-        weight = self.ensemble.members[index].model.get_output_embeddings().weight
-        return weight.new_zeros((len(self.alive), weight.shape[1]))
 
-    def _reread(self, index: int, slot: int, row: int, text: str) -> list[int]:
-        """New ids of a row for a member, after taking back those it would now cut otherwise."""
-        member, read = self.ensemble.members[index], self.read[index][row]
-        ids = member.tok_encode(self.contexts[row] + text)[self.skipped[index][row] :]
-        same = 0
-        while same < min(len(ids) - 1, len(read)) and ids[same] == read[same]:
-            same += 1
-        if len(read) > same:
-            self.caches[index].take_back(slot, len(read) - same)
-        self.read[index][row] = ids
-        return ids[same:]
+def _ruled(request: Instance, weights: np.ndarray) -> tuple[str, np.ndarray, Any]:
+    """A text, weights, and the rule for its windows, None where the task has none."""
+    text, *rule = request.args
+    return text, weights, rule[0] if rule else None

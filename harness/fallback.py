@@ -28,13 +28,13 @@ LOOSE = 0.5  # nats, the same for half precision
 class Scored:
     """A continuation after a context: its tokens' natural log-probabilities, float64.
 
-    greedy: whether each token was the likeliest. context: log-probability of the context's own
-    tokens after its first, where that was asked for.
+    greedy: whether each token was the likeliest. context: the same of the context's own tokens
+    after its first, where that was asked for.
     """
 
     logprobs: Tensor
     greedy: bool
-    context: float = 0.0
+    context: Tensor | None = None
 
     @property
     def total(self) -> float:
@@ -57,7 +57,7 @@ def score_plainly(model: Any, context: list[int], tokens: list[int]) -> Scored:
     logprobs = torch.log_softmax(found, -1).gather(1, gold)[:, 0].double()
     own = len(context) - 1
     greedy = bool((found.argmax(-1) == gold[:, 0])[own:].all())
-    return Scored(logprobs[own:], greedy, float(logprobs[:own].sum()))
+    return Scored(logprobs[own:], greedy, logprobs[:own])
 
 
 def unlike_tree(

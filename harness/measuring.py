@@ -130,8 +130,10 @@ class Measuring:
             and row in step.rows
             and step.content["source"] == tokenizer_identity(self.plan, member)
         ]
-        members = [self._model(member) for member in ensemble.members]
-        return EnsembleLM(members, ensemble.rule, dict(ensemble.parameters), maps)
+        opened = {member: self._model(member) for member in dict.fromkeys(ensemble.members)}
+        members = [opened[member] for member in ensemble.members]
+        parameters, weights = dict(ensemble.parameters), ensemble.weights
+        return EnsembleLM(members, ensemble.rule, parameters, maps, weights, ensemble.level)
 
     def _model(self, row: str) -> SharedPrefixLM:
         machine = self.plan.recipe.machine

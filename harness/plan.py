@@ -17,6 +17,7 @@ from fusion.spec import Source, Train
 from harness.assets import PINNED, local_files
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
 from harness.recipe import Recipe
+from harness.rules import mixing
 from harness.steps import Plan, Step, root
 from harness.store import identity, read_manifest
 from tasks.suite import Suite, load_suite
@@ -170,11 +171,13 @@ def _variant(out: Plan, name: str) -> None:
     elif variant.ensemble:
         ensemble = variant.ensemble
         members = [out.identities[m] for m in ensemble.members]
-        content = ensemble.results() | {"members": members, "version": VERSIONS["evaluate"]}
+        mixed = str(mixing(ensemble.rule, ensemble.level))
+        content = {"members": members, "mixing": mixed, "version": VERSIONS["evaluate"]}
+        content = ensemble.results() | content
         out.identities[name], out.folders[name] = identity({"ensemble": content}), None
         for member in ensemble.members[1:]:
             _map_step(out, name, member, ensemble.members[0], "prefix")
-        out.summaries[name] = f"{ensemble.rule} ensemble of {', '.join(ensemble.members)}"
+        out.summaries[name] = f"{ensemble.rule} ensemble of {', '.join(ensemble.members)}, {mixed}"
 
 
 def _train(out: Plan, name: str, train: Train) -> None:

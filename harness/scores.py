@@ -22,6 +22,8 @@ from harness.evaluate import Item, Loaded, packs
 from harness.hashing import definition_hash
 from harness.plan import Plan, Step
 from harness.progress import bar
+from harness.recipe import Recipe
+from harness.rules import mixing
 from harness.samples import SCORES, read, seals, spent
 from harness.store import finish, identity, read_manifest, world
 from reports.corpus import CORPUS_METRICS
@@ -299,8 +301,6 @@ def _manifest(
             }
         )
     engine, notes = _engine(step.folder)
-    from harness.ensembles import MIXING
-
     return {
         "kind": "evaluation",
         "row": row,
@@ -318,7 +318,7 @@ def _manifest(
         "partial": len(loaded.items) < sum(loaded.totals.values()),
         "dtype": recipe.evaluate.dtype,
         "lm_eval": version("lm-eval"),
-        "mixing": MIXING if plan.folders[row] is None else None,
+        "mixing": _mixing(recipe, row),
         "tasks": listed,
         "health": _health(loaded, frame, records, loaded.suite.tasks),
         "engine": engine,
@@ -327,6 +327,14 @@ def _manifest(
         "seals": seals(step.folder),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _mixing(recipe: Recipe, row: str) -> str | None:
+    """What an ensemble mixes, and at which level; None for one model."""
+    variant = recipe.variants.get(row)
+    if variant is None or variant.ensemble is None:
+        return None
+    return str(mixing(variant.ensemble.rule, variant.ensemble.level))
 
 
 def rescore(plan: Plan, step: Step, loaded: Loaded) -> None:

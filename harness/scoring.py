@@ -182,7 +182,7 @@ class SharedPrefixLM(TemplateLM):
     def score(self, pairs: Sequence[Pair], contexts: bool = False) -> list[Scored]:
         """Every continuation's token log-probabilities; contexts that are equal are read once.
 
-        contexts: the context's own log-probability as well.
+        contexts: the contexts' own tokens as well.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
@@ -279,7 +279,7 @@ class SharedPrefixLM(TemplateLM):
         parts = self._split(self._hidden(rows)[at_row, at_slot], gold, sizes)
         out = []
         for _, continuations, _ in trees:
-            read = float(next(parts)[0].sum()) if contexts else 0.0
+            read = next(parts)[0] if contexts else None
             found = [next(parts) for _ in continuations]
             out.append([Scored(lp, bool(best.all()), read) for lp, best in found])
         return out

@@ -68,6 +68,8 @@ def test_what_is_measured_does_not_rename_models(home: Path) -> None:
         ("corpus.tokens=1280", {"clm", "fused", "merged"}),
         ("seed=18", {"clm", "fused", "merged"}),
         ("variants.pack.ensemble.rule=top1", {"pack"}),
+        ("variants.pack.ensemble.level=sequence", {"pack"}),
+        ("variants.pack.ensemble.weights=[0.5,0.5]", {"pack"}),
     ],
 )
 def test_what_each_field_renames(home: Path, override: str, rows: set[str]) -> None:

@@ -109,6 +109,11 @@ def test_all_mistakes_come_in_one_message() -> None:
         ("corpus: {", "korpus: {", "(corpus?)"),
         ("suites: [tiny_text, tiny_choice]", "suites: [bbh, tiny_text]", "bbh81"),
         ("variants:\n", "variants:\n  clm: {train: {init: a}}\n", "stands twice"),
+        ("packllm_sim", "packllm_sim, weights: [0.5, 0.6]", "sum to 1.1; they should sum to 1"),
+        ("packllm_sim", "packllm_sim, weights: [-1, 2]", "from 0 on"),
+        ("packllm_sim", "packllm_sim, weights: [.nan, 1]", "nan, 1: each should be"),
+        ("packllm_sim", "packllm_sim, parameters: {temperature: 0}", "should be above 0"),
+        ("packllm_sim", "mean_logit, level: chunk", "does not go with mean_logit"),
         ("sources:", "sources: [", "not valid YAML"),
     ],
 )

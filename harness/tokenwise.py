@@ -1,0 +1,159 @@
+"""Members of an ensemble mixed token by token, in the first member's vocabulary.
+
+The first member predicts its next token; another is heard where it stands at the same byte, so that
+both predict what follows the same text. As probabilities, its tokens arrive through the prefix map
+(what has no image is lost); as logits, each of the first one's tokens has the probability of the
+first token by which the other would say it.
+
+Shapes: M members, B rows, V vocabulary of the first member, U of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from fusion.models import embedding_rows
+from fusion.vocabulary import build
+from harness.branches import Predictions
+
+ROWS = 32  # positions whose distributions exist at the same time
+
+
+class Vocabularies:
+    """What further members predict, in the vocabulary of the first.
+
+    members: with `model` and `tokenizer`. maps: csr (U, V) for each further member; a token has at
+    most one image.
+    """
+
+    def __init__(self, members: Sequence[Any], maps: Sequence[sparse.csr_array], what: str) -> None:
+        self.what, self.size = what, embedding_rows(members[0].model)
+        self.images: list[Tensor] = []
+        for member, vocabulary_map in zip(members[1:], maps, strict=True):
+            rows = embedding_rows(member.model)
+            if what == "logits":
+                back = build(members[0].tokenizer, member.tokenizer)
+                images = _images(back, self.size, rows)
+            else:
+                images = _images(vocabulary_map, rows, self.size)
+            self.images.append(images.to(member.model.device))
+
+    def mix(self, logprobs: Sequence[Tensor | None], weights: Tensor) -> Tensor:
+        """Log-probabilities (B, V) of the mixture.
+
+        logprobs: (B, V) of the first and (B, U) of each further member; None for one that is
+        silent in all rows. weights: (M, B), zero where a member is silent; where all others are,
+        the first speaks alone, whatever it weighs.
+        """
+        first = logprobs[0]
+        assert first is not None
+        alone = weights[1:].sum(0) == 0
+        weights = torch.where(alone[None], torch.eye(len(weights))[0][:, None], weights)
+        weights = (weights / weights.sum(0)).to(first.device, first.dtype)
+        if alone.all():
+            return first
+        mixed = self._logits if self.what == "logits" else self._probabilities
+        out = mixed(first, logprobs[1:], weights)
+        return torch.where(alone[:, None].to(out.device), first, out)
+
+    def _probabilities(
+        self, first: Tensor, others: Sequence[Tensor | None], weights: Tensor
+    ) -> Tensor:
+        out = first.new_zeros(len(first), self.size + 1)  # the last: what has no image
+        out[:, : first.shape[1]] = first.exp() * weights[0][:, None]
+        for images, other, w in zip(self.images, others, weights[1:], strict=True):
+            if other is not None:
+                p = other.to(first.device).exp() * w[:, None]
+                if images.device != first.device:
+                    images = images.to(first.device)
+                out.scatter_add_(
+                    1, images.clamp_min(-1).remainder(self.size + 1).expand(p.shape), p
+                )
+        return out[:, : self.size].log()
+
+    def _logits(self, first: Tensor, others: Sequence[Tensor | None], weights: Tensor) -> Tensor:
+        out = first * weights[0][:, None]
+        for images, other, w in zip(self.images, others, weights[1:], strict=True):
+            if other is not None:
+                z = other.to(first.device)
+                found = z[:, images.clamp_min(0).to(z.device)]
+                # What a member cannot say is as unlikely to it as its least likely token.
+                lacking = (images < 0).to(z.device)
+                found = torch.where(lacking, z.min(dim=1, keepdim=True).values, found)
+                out = out + torch.where(w[:, None] > 0, found * w[:, None], 0.0)
+        return torch.log_softmax(out, dim=-1)
+
+
+def _images(vocabulary_map: sparse.csr_array, rows: int, columns: int) -> Tensor:
+    """The image of each token, (rows,); -1 where it has none."""
+    found = vocabulary_map.tocoo()
+    out = torch.full((rows,), -1, dtype=torch.long)
+    source, target = (torch.from_numpy(x.astype(np.int64)) for x in (found.row, found.col))
+    known = (source < rows) & (target < columns)
+    out[source[known]] = target[known]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A text as one member reads it: what predicted each token, and the byte where that begins.
+
+    places: (predictions, node) of each token; ids and starts of the tokens.
+    """
+
+    places: list[tuple[Predictions, int]]
+    ids: list[int]
+    starts: np.ndarray
+
+
+def score(
+    vocabularies: Vocabularies, readings: Sequence[Reading], weights: np.ndarray
+) -> tuple[float, bool]:
+    """Log-probability of the first member's tokens under the mixture, and whether all are greedy.
+
+    readings: of the same text, one of each member.
+    """
+    first = readings[0]
+    at = [{int(start): i for i, start in enumerate(reading.starts)} for reading in readings[1:]]
+    total, greedy = 0.0, True
+    for begin in range(0, len(first.ids), ROWS):
+        rows = range(begin, min(begin + ROWS, len(first.ids)))
+        logprobs: list[Tensor | None] = [_rows(first, list(rows))]
+        w = np.repeat(weights[:, None], len(rows), axis=1)
+        for number, (reading, known) in enumerate(zip(readings[1:], at, strict=True), 1):
+            places = [known.get(int(first.starts[i])) for i in rows]
+            heard = [i for i, place in enumerate(places) if place is not None]
+            w[number] *= [place is not None for place in places]
+            if not heard or not weights[number]:
+                logprobs.append(None)
+                continue
+            found = _rows(reading, [place for place in places if place is not None])
+            whole = found.new_zeros(len(rows), found.shape[1])
+            whole[heard] = found
+            logprobs.append(whole)
+        mixed = vocabularies.mix(logprobs, torch.from_numpy(w))
+        gold = torch.tensor([first.ids[i] for i in rows], device=mixed.device)
+        total += float(mixed.gather(1, gold[:, None]).double().sum())
+        greedy &= bool((mixed.argmax(1) == gold).all())
+    return total, greedy
+
+
+def _rows(reading: Reading, which: Sequence[int]) -> Tensor:
+    """Log-probabilities (B, V) at these tokens of a reading."""
+    out = []
+    start = 0
+    while start < len(which):  # neighbours of one tree go through the head together
+        own = reading.places[which[start]][0]
+        end = start
+        while end < len(which) and reading.places[which[end]][0] is own:
+            end += 1
+        out.append(own.logprobs([reading.places[i][1] for i in which[start:end]]))
+        start = end
+    return torch.cat(out) if len(out) > 1 else out[0]
