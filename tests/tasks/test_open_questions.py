@@ -50,6 +50,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         ("the Lions", [["Lions"]]),
         ("Tom-Brady", [["Tom Brady"], ["Brady"]]),
         ("Brady", [["Tom Brady", "Manning"]]),
+        ("Tom Brady", [["Tom Brady", "Manning"]]),
         ("12 yards", [["14 yards"]]),
         ("3,000 men", [["3000"]]),
         ("", [["14"]]),
