@@ -86,7 +86,7 @@ def _suite(
         return []
     absent = [name for name in names if (name, suite) not in opened]
     if absent:
-        what = f"not measured: {', '.join(absent)} has no records"
+        what = f"not measured: no records of {', '.join(absent)}"
         return [Line(suite, "", name, reason=what) for name in (BEST, TASK_ORACLE, ITEM_ORACLE)]
     try:
         table = _Table(suite, names, opened)

@@ -144,7 +144,7 @@ def test_oracles_are_ordered_and_the_best_source_recovers_nothing(
 @pytest.mark.parametrize(
     ("values", "key", "reason"),
     [
-        ({"a": A, "fused": FUSED}, ("", "item oracle"), "b has no records"),
+        ({"a": A, "fused": FUSED}, ("", "item oracle"), "no records of b"),
         (
             {"a": A, "b": (run("b", B)[0], run("b", B)[1][:8]), "fused": FUSED},
             ("", "best single source"),

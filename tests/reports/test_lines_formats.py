@@ -34,7 +34,7 @@ def report() -> Report:
         Line("", ROW, WON, 0.25, 0.1, 0.5, 12, "a: 3 of 12"),
         Line("acc", "", BEST, 0.5, 0.4, 0.6, 10, "a"),
         Line("acc", "", TASK_ORACLE, 0.55, None, None, 10, "a on 1 of 2 tasks"),
-        Line("acc", "", ITEM_ORACLE, reason="not measured: b has no records"),
+        Line("acc", "", ITEM_ORACLE, reason="not measured: no records of b"),
         Line("acc", ROW, GAP, 0.4, -0.2, 0.9, 10, "over a"),
         Line("acc", ROW, FORGOTTEN, 0.25, 0.1, 0.5, 4, "1 of 4 that a had right"),
         Line("bits", "", BEST, 1.0, 0.9, 1.1, 6, "a"),
@@ -59,7 +59,7 @@ def test_each_line_has_its_place_and_its_unit(report: Report) -> None:
     text = markdown(report)
     for line in (
         r"| acc | 50.0 \[40.0, 60.0\] (a) | 55.0 (a on 1 of 2 tasks) "
-        r"| not measured: b has no records |",
+        r"| not measured: no records of b |",
         r"| bits | 1.0000 \[0.9000, 1.1000\] (a) | – | – |",
         r"| acc | fu\|sed | 40.0 % \[-20.0, 90.0\] (over a) "
         r"| 25.0 % \[10.0, 50.0\] (1 of 4 that a had right) | – |",
@@ -85,7 +85,7 @@ def test_a_terminal_shows_them_as_they_are(report: Report) -> None:
     console = Console(width=200, record=True)
     with console.capture() as shown:
         console.print(*terminal(report))
-    for text in (ROW, "25.0 % [10.0, 50.0] (a: 3 of 12)", "not measured: b has no records"):
+    for text in (ROW, "25.0 % [10.0, 50.0] (a: 3 of 12)", "not measured: no records of b"):
         assert text in shown.get()
 
 
@@ -94,7 +94,7 @@ def test_csv_has_fractions_and_empty_fields(report: Report) -> None:
     assert list(back.line) == [line.name for line in report.lines]
     assert back.value[0] == 0.25
     assert pd.isna(back.value[3])
-    assert back.reason[3] == "not measured: b has no records"
+    assert back.reason[3] == "not measured: no records of b"
 
 
 def test_nothing_to_say_is_no_section(report: Report) -> None:
