@@ -166,7 +166,9 @@ def test_the_page_follows_the_readers_light_and_prints(chromium: Browser, file: 
         assert ink == page.evaluate("getComputedStyle(document.body).color")
         page.close()
     assert colours == ["rgb(255, 255, 255)", "rgb(13, 17, 23)"]
-    page, said = opened(chromium, file)
+    page, said = opened(chromium, file, color_scheme="dark")
+    page.emulate_media(media="print")  # ink on paper, whatever the screen is like
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(31, 35, 40)"
     printed = page.pdf(format="A4")
     assert printed.startswith(b"%PDF")
     assert said.messages == []
