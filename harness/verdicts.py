@@ -157,8 +157,20 @@ def _index(
         "seed": runs[0].manifest.get("seed"),
         "rows": rows,
         "suites": listed,
+        "extra": {"prompts": _prompts(runs)},
         "facts": {"machine": machine(), "created": now, "seconds": 0} | provenance(),
     }
+
+
+def _prompts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """What was asked, by suite and protocol, as far as the runs' own stores have kept it."""
+    found: dict[str, dict[str, str]] = {}
+    for run in runs:
+        protocol = str(run.manifest["protocol"])
+        path = run.folder.resolve().parent.parent / "data" / f"prompts-{protocol}.parquet"
+        if path.is_file():
+            found.setdefault(str(run.manifest["suite"]), {})[protocol] = str(path)
+    return found
 
 
 def leaderboard(paths: Sequence[Path], form: str = "markdown", published: bool = False) -> str:

@@ -252,10 +252,10 @@ def sign_flip(parts: Array, generator: np.random.Generator, draws: int) -> float
     for start in range(0, draws, step):
         shape = (min(step, draws - start), len(units))
         if len(units) == len(sizes):  # each size once: one sign each, which is faster to draw
-            positive = generator.integers(0, 2, size=shape, dtype=np.int8).astype(np.float64)
+            plus: Array = generator.integers(0, 2, size=shape, dtype=np.int8).astype(np.float64)
         else:
-            positive = generator.binomial(counts, 0.5, size=shape).astype(np.float64)
-        totals = (2 * positive - counts) @ units
+            plus = generator.binomial(counts, 0.5, size=shape).astype(np.float64)
+        totals = (2 * plus - counts) @ units
         extreme += int((np.abs(totals) >= observed).sum())
     return (1 + extreme) / (1 + draws)
 

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from harness.cli import main
@@ -149,11 +150,15 @@ def test_runs_without_a_recipe_make_a_report(
     other = evaluation(tmp_path, "candidate", {"a": np.ones(100)})
     evaluation(tmp_path, "candidate", {"b": RIGHT}, suite="second")
     where = tmp_path / "evaluations"
+    asked = [{"task": "a", "doc_id": i, "prompt": f"Is {i} even?"} for i in range(100)]
+    (tmp_path / "data").mkdir()
+    pd.DataFrame(asked).to_parquet(tmp_path / "data" / "prompts-p1.parquet")
     assert kfuse(monkeypatch, "report", where, "--reference", "base", "--name", "mine") == 0
     said = capsys.readouterr().out
     assert "candidate on suite by 40.0 points" in said
     (index,) = (tmp_path / "reports").glob("mine-*/index.json")
     assert "not measured" in (index.parent / "report.md").read_text()
+    assert "Is 1 even?" in (index.parent / "report.html").read_text()
     assert kfuse(monkeypatch, "compare", "base", "candidate", "--report", "mine") == 0
     assert kfuse(monkeypatch, "report", one, other, "--reference", "nobody") == 2
     assert "rows: base, candidate" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from reports.report import write
+from tests.reports.test_page import HOSTILE, SUITES, made_up
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -19,20 +19,6 @@ if TYPE_CHECKING:
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-
-
-def _neighbour() -> Any:
-    """test_page.py, whose made-up stores these tests show; tests are no package."""
-    path = Path(__file__).with_name("test_page.py")
-    spec = importlib.util.spec_from_file_location("made_up_stores", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-STORES = _neighbour()
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +34,8 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("shown")
-    suites = {name: STORES.SUITES[name] for name in ("bbh__fusellm", "commonsense")}
-    return write(STORES.made_up(home, ["base", "one", "other"], suites, items=4))["html"]
+    suites = {name: SUITES[name] for name in ("bbh__fusellm", "commonsense")}
+    return write(made_up(home, ["base", "one", "other"], suites, items=4))["html"]
 
 
 class Said:
@@ -180,7 +166,9 @@ def test_the_page_follows_the_readers_light_and_prints(chromium: Browser, file: 
         assert ink == page.evaluate("getComputedStyle(document.body).color")
         page.close()
     assert colours == ["rgb(255, 255, 255)", "rgb(13, 17, 23)"]
-    page, said = opened(chromium, file)
+    page, said = opened(chromium, file, color_scheme="dark")
+    page.emulate_media(media="print")  # ink on paper, whatever the screen is like
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(31, 35, 40)"
     printed = page.pdf(format="A4")
     assert printed.startswith(b"%PDF")
     assert said.messages == []
@@ -188,10 +176,10 @@ def test_the_page_follows_the_readers_light_and_prints(chromium: Browser, file: 
 
 
 def test_hostile_text_is_shown_and_does_nothing(chromium: Browser, tmp_path: Path) -> None:
-    hostile = STORES.HOSTILE.replace("\ud800", "")
+    hostile = HOSTILE.replace("\ud800", "")
     rows = [f"base{hostile}", f"one{hostile}"]
     suites = {"commonsense": (2, "exact_match", True)}
-    index = STORES.made_up(tmp_path, rows, suites, 10, hostile, length=1_000_000)
+    index = made_up(tmp_path, rows, suites, 10, hostile, length=1_000_000)
     page, said = opened(chromium, write(index)["html"])
     box = page.locator("[data-browser] details").first
     box.locator("summary").click()
