@@ -208,12 +208,22 @@ class Keep(Section):
     )
 
 
+class Repeat(Section):
+    """The weights of a row measured once more, in batches of half the size.
+
+    What it differs by is the noise floor: what arithmetic alone moves. Repeat the reference.
+    """
+
+    row: str = Field(description="the row, a source or one that is trained or merged")
+
+
 class Variant(Section):
-    """A named way to make one model from others: exactly one of train, merge, ensemble."""
+    """A named way to make one row from others: exactly one of train, merge, ensemble, repeat."""
 
     train: Train | None = None
     merge: Merge | None = None
     ensemble: Ensemble | None = None
+    repeat: Repeat | None = None
     keep: Keep | None = operational(
         None, "keep the weights as a compressed difference once all is measured"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.suite import load_suite
 
+KINDS = ("train", "merge", "ensemble", "repeat")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@=,+\[\]-]*")
 Problems = Iterator[tuple[str, str]]
 
@@ -29,7 +30,7 @@ def _list(raw: Mapping, key: str) -> list[Any]:
 
 def _variants(raw: Mapping) -> Iterator[tuple[str, str, dict]]:
     for name, variant in _mapping(raw, "variants").items():
-        for kind in ("train", "merge", "ensemble"):
+        for kind in KINDS:
             if isinstance(variant, dict) and isinstance(variant.get(kind), dict):
                 yield str(name), kind, variant[kind]
 
@@ -44,9 +45,9 @@ def names(raw: Mapping) -> Problems:
     for name in variants:
         if name in sources:
             yield f"variants.{name}", "a source has this name already"
-        kinds = [k for k in ("train", "merge", "ensemble") if (variants[name] or {}).get(k)]
+        kinds = [k for k in KINDS if (variants[name] or {}).get(k)]
         if isinstance(variants[name], dict) and len(kinds) != 1:
-            yield f"variants.{name}", "needs exactly one of train, merge, ensemble"
+            yield f"variants.{name}", f"needs exactly one of {', '.join(KINDS)}"
     if not isinstance(raw.get("corpus"), dict) and any(k == "train" for _, k, _ in _variants(raw)):
         yield "corpus", "missing: a trained variant needs one"
 
@@ -63,7 +64,7 @@ def references(raw: Mapping) -> Problems:
     for name, kind, section in _variants(raw):
         at = f"variants.{name}.{kind}"
         fuse = _mapping(section, "fuse")
-        named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base", "budget")]
+        named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base", "budget", "row")]
         for key in ("inputs", "members"):
             named += [(f"{at}.{key}[{i}]", row) for i, row in enumerate(_list(section, key))]
         named += [(f"{at}.fuse.sources[{i}]", v) for i, v in enumerate(_list(fuse, "sources"))]
@@ -71,15 +72,21 @@ def references(raw: Mapping) -> Problems:
             yield from check(path, value, [*sources, *variants])
         needs[name] = [str(value) for _, value in named if value in variants]
     yield from check("reference", raw.get("reference"), [*sources, *variants])
-    ensembles = {name for name, kind, _ in _variants(raw) if kind == "ensemble"}
+    weightless = {name: kind for name, kind, _ in _variants(raw) if kind in ("ensemble", "repeat")}
     for name, wanted in needs.items():
         if name in _reach(name, needs):
             yield f"variants.{name}", "needs itself through its inputs"
         yield from (
-            (f"variants.{name}", f"'{other}' is an ensemble: it has no weights to build on")
+            (
+                f"variants.{name}",
+                f"'{other}' is {_ARTICLE[weightless[other]]}: it has no weights to build on",
+            )
             for other in wanted
-            if other in ensembles
+            if other in weightless
         )
+
+
+_ARTICLE = {"ensemble": "an ensemble", "repeat": "a repeat"}
 
 
 def budgets(raw: Mapping) -> Problems:

@@ -115,6 +115,11 @@ class Measuring:
 
     def _open(self, row: str) -> SharedPrefixLM | StockLM | EnsembleLM:
         variant = self.plan.recipe.variants.get(row)
+        if variant is not None and variant.repeat:
+            model = self._model(variant.repeat.row)
+            model.batch_tokens = max(1, model.batch_tokens // 2)
+            model.generate_rows = max(1, model.generate_rows // 2)
+            return model
         if variant is None or variant.ensemble is None:
             recipe, backend = self.plan.recipe, self.plan.recipe.evaluate.backend
             if backend == "kfuse":

@@ -72,6 +72,8 @@ def inputs(recipe: Recipe, name: str) -> list[str]:
         return list(dict.fromkeys(rows))
     if variant.merge:
         return [*variant.merge.inputs, *([variant.merge.base] if variant.merge.base else [])]
+    if variant.repeat:
+        return [variant.repeat.row]
     assert variant.ensemble
     return list(variant.ensemble.members)
 
@@ -168,6 +170,10 @@ def _variant(out: Plan, name: str) -> None:
         )
         out.identities[name], out.folders[name] = key, folder
         out.summaries[name] = f"{merge.method} merge of {', '.join(merge.inputs)}"
+    elif variant.repeat:
+        row = variant.repeat.row
+        out.identities[name], out.folders[name] = identity({"repeat": out.identities[row]}), None
+        out.summaries[name] = f"{row} once more, in batches of half the size"
     elif variant.ensemble:
         ensemble = variant.ensemble
         members = [out.identities[m] for m in ensemble.members]

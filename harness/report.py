@@ -159,7 +159,7 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
     variant = plan.recipe.variants.get(row)
     kind = "source"
     if variant:
-        kind = "train" if variant.train else "merge" if variant.merge else "ensemble"
+        kind = next(k for k in ("train", "merge", "ensemble", "repeat") if getattr(variant, k))
     log = folder / "training.csv" if folder else None
     facts = (read_manifest(folder) or {}).get("facts", {}) if folder else {}
     captures = [
@@ -206,7 +206,9 @@ def _drawn_on(variant: Variant | None) -> list[str]:
         return []
     if variant.train:
         return list(variant.train.fuse.sources) if variant.train.fuse else []
-    return list(variant.merge.inputs if variant.merge else variant.ensemble.members)  # type: ignore[union-attr]
+    if variant.merge:
+        return list(variant.merge.inputs)
+    return list(variant.ensemble.members) if variant.ensemble else []
 
 
 def _target(plan: Plan, row: str) -> str | None:

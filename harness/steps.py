@@ -81,6 +81,8 @@ def root(recipe: Recipe, row: str) -> str:
             row = variant.train.init
         elif variant.merge:
             row = variant.merge.base or variant.merge.inputs[0]
+        elif variant.repeat:
+            row = variant.repeat.row
         else:
             break
     return row

@@ -1,0 +1,62 @@
+"""The same weights measured once more: what arithmetic alone moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusion.errors import RecipeError
+from harness.build import build
+from harness.measuring import Measuring, measure_rows
+from harness.plan import plan
+from harness.recipe import parse
+from harness.run import pending
+from reports.records import Run, read_primary, read_samples
+
+TEXT = """
+sources: {llama: {path: "tiny:llama"}}
+variants:
+  again: {repeat: {row: llama}}
+evaluate: {suites: [tiny_choice, tiny_generate]}
+reference: llama
+machine: {device: cpu, batch_tokens: 64, generate_rows: 4}
+"""
+
+
+def test_the_same_weights_give_the_same_answers_in_smaller_batches(home: Path) -> None:
+    planned = plan(parse(TEXT, "r"), home)
+    build(planned, planned.recipe.rows)
+    planned = plan(planned.recipe, home)
+    assert not pending(planned, ["again"], ("build",))
+    opened = [Measuring(planned)._open(row) for row in ("llama", "again")]
+    assert [model.batch_tokens for model in opened] == [64, 32]
+    assert [model.generate_rows for model in opened] == [4, 2]
+    rows = planned.recipe.rows
+    assert not measure_rows(planned, {row: planned.evaluations(row) for row in rows})
+    for one, other in zip(*map(planned.evaluations, rows), strict=True):
+        runs = [Run.open(step.folder) for step in (one, other)]
+        first, second = (read_primary(run).sort_values(["task", "doc_id"]) for run in runs)
+        assert list(first.value) == list(second.value)
+        likely = [read_samples(run).set_index(["task", "doc_id"]).choice_ll for run in runs]
+        for key, values in likely[0].items():
+            assert likely[1][key] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("variants.again.repeat.row=lama", "'lama' is no row here"),
+        ("variants.twice={repeat: {row: again}}", "no such row to override"),
+        ("variants.again.repeat={}", "missing"),
+    ],
+)
+def test_what_cannot_be_repeated_is_named(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse(TEXT, "r", [override])
+
+
+def test_a_repeat_is_no_ingredient_and_repeats_no_repeat() -> None:
+    text = TEXT.replace("evaluate:", "  twice: {repeat: {row: again}}\nevaluate:")
+    with pytest.raises(RecipeError, match="'again' is a repeat"):
+        parse(text, "r")
