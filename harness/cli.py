@@ -235,7 +235,7 @@ def leaderboard(
         ),
     ],
     form: Annotated[
-        str, typer.Option("--format", help="markdown, csv, latex or json")
+        str, typer.Option("--format", help="markdown, csv, latex, html or json")
     ] = "markdown",
     published: Annotated[
         bool, typer.Option("--published", help="also what papers printed of these suites")

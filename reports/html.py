@@ -41,12 +41,16 @@ def panels(report: Report) -> dict[str, Panel]:
 
 
 def page(report: Report) -> str:
-    """The page; every text in it is escaped, whatever names and outputs hold."""
+    """A report's page; every text in it is escaped, whatever names and outputs hold."""
+    return render(report.recipe, formats.headline(report), panels(report))
+
+
+def render(title: str, headline: str, shown: Mapping[str, Panel]) -> str:
+    """Panels as one page under a title and a sentence."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
     room = Path(__file__).parent
-    shown = panels(report)
     data = {name: panel.data for name, panel in shown.items() if panel.data}
     script, style = (room / "page.js").read_text(), (room / "page.css").read_text()
     environment = Environment(
@@ -57,8 +61,8 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("page.html").render(
-        report=report,
-        headline=formats.headline(report),
+        title=title,
+        headline=headline,
         panels=shown,
         svg=Markup,  # of our own drawing
         script=Markup(script),

@@ -1,4 +1,4 @@
-"""A leaderboard as Markdown, CSV, LaTeX (booktabs) and JSON; text is escaped for each.
+"""A leaderboard as Markdown, CSV, LaTeX (booktabs), HTML and JSON; text is escaped for each.
 
 Add a format: a function of boards and its line in FORMATS at the foot.
 """
@@ -14,6 +14,7 @@ from dataclasses import asdict
 from reports.compare_formats import shown
 from reports.formats import interval, number
 from reports.leaderboard import FORMULA, Board, Line
+from reports.panels import Table, Value, words
 from reports.table import Column
 
 Boards = Sequence[Board]
@@ -115,9 +116,38 @@ def latex(boards: Boards) -> str:
     return "\n".join(parts) + "\n"
 
 
+def html(boards: Boards) -> str:
+    """One page with a sortable table a suite and protocol."""
+    from reports.html import render
+    from reports.panels import Panel
+
+    panels = {}
+    for place, board in enumerate(boards):
+        lines = tuple(_places(board, line) for line in board.lines)
+        table = Table(_title(board), HEAD, lines)
+        panels[f"board-{place}"] = Panel(board.suite, tuple(_notes(board)), tables=(table,))
+    return render("Leaderboard", f"Above chance: {FORMULA}. Groups: {GROUPS}.", panels)
+
+
+def _places(board: Board, line: Line) -> tuple[Value, ...]:
+    """A line's cells with what they are sorted by; the row's name is the header."""
+    rank, row, score, span, above, group, n, source = _cells(board, line)
+    return (
+        Value(rank, float(line.rank)),
+        words(row),
+        Value(score, line.score, f"{board.suite} {board.protocol} {line.row}"),
+        Value(span, line.low),
+        Value(above, line.normalised),
+        words(group),
+        Value(n, float(line.n) if line.n else None),
+        words(source),
+    )
+
+
 FORMATS: dict[str, Callable[[Boards], str]] = {
     "markdown": markdown,
     "csv": comma_separated,
     "latex": latex,
+    "html": html,
     "json": machine_readable,
 }

@@ -206,12 +206,17 @@ def test_a_leaderboard_in_every_format_and_an_unknown_one(
 ) -> None:
     evaluation(tmp_path, "x", {"a": RIGHT})
     evaluation(tmp_path, "y", {"a": RIGHT * 0})
-    signs = {"markdown": r"| 1 \[1, 1\] | x |", "csv": "suite,protocol", "latex": "toprule"}
+    signs = {
+        "markdown": r"| 1 \[1, 1\] | x |",
+        "csv": "suite,protocol",
+        "latex": "toprule",
+        "html": "<caption>suite (%",
+    }
     for form, sign in (signs | {"json": '"boards"'}).items():
         where = tmp_path / "evaluations"
         assert kfuse(monkeypatch, "leaderboard", where, "--format", form) == 0
         assert sign in capsys.readouterr().out
     assert kfuse(monkeypatch, "leaderboard", tmp_path / "evaluations", "--format", "pdf") == 2
-    assert "known: markdown, csv, latex, json" in capsys.readouterr().err
+    assert "known: markdown, csv, latex, html, json" in capsys.readouterr().err
     assert kfuse(monkeypatch, "leaderboard", tmp_path / "nowhere") == 1
     assert "no finished run" in capsys.readouterr().err

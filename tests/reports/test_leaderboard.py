@@ -14,7 +14,14 @@ import pytest
 
 from reports.compare import NotComparable
 from reports.leaderboard import Board, boards, find_runs
-from reports.leaderboard_formats import comma_separated, latex, machine_readable, markdown, tex
+from reports.leaderboard_formats import (
+    comma_separated,
+    html,
+    latex,
+    machine_readable,
+    markdown,
+    tex,
+)
 from reports.lm_eval_results import read_results
 from reports.records import Run
 
@@ -149,6 +156,15 @@ def test_hostile_names_stay_in_their_cells_in_every_format(tmp_path: Path) -> No
     assert tex("a_b%") == r"a\_b\%"
     assert tex("\\{") == r"\textbackslash{}\{"
     assert {r"\toprule", r"\midrule", r"\bottomrule"} <= set(made.splitlines())
+
+
+def test_the_page_shows_every_row_and_no_markup_of_theirs(tmp_path: Path) -> None:
+    found = board(tmp_path, {"<script>alert(1)</script>": {"a": RIGHT}, "y": {"a": RIGHT * 0}})
+    text = html([found])
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+    assert text.count('<th scope="row"') == 2
+    assert 'data-order="0.6"' in text
 
 
 def test_five_hundred_rows(tmp_path: Path) -> None:
