@@ -192,6 +192,8 @@ def restore_to(home: Path, name: str, to: Path, base: Path | None = None) -> str
     """Write the model that a folder, or one of that name in the store, keeps; a line about it."""
     from fusion.deltas import restore
 
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RunError(f"{to}: is there already; name a folder that is new or empty")
     folder = Path(name)
     if not folder.is_dir():
         found = sorted(p for p in home.glob(f"models/{name}*") if (p / "delta.json").exists())

@@ -44,9 +44,10 @@ def recipe(tiny: dict[str, Path], tmp_path: Path) -> Path:
     return path
 
 
-def row(home: Path, name: str) -> Path:
-    (folder,) = home.glob(f"models/{name}-*")
-    return folder
+def row(home: Path, name: str, which: int = 0) -> Path:
+    """The folder of a row, of the one that was made first or later."""
+    folders = home.glob(f"models/{name}-*")
+    return sorted(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)[which]
 
 
 def files(home: Path) -> dict[Path, int]:
@@ -90,8 +91,8 @@ def test_rows_are_measured_then_kept_and_had_again(
     again = ["variants.user.merge.parameters={weights: [2, 1]}"]
     assert run(str(recipe), again, stages=("build",)) == 0
     assert identity(row(home, "same")) == whole["same"]
-    assert run(str(recipe), again) == 0
-    assert not list(row(home, "same").glob("*.safetensors"))
+    assert run(str(recipe)) == 0
+    assert files(home).keys() - before.keys() == set(row(home, "user", 1).iterdir())
     # One that was kept with a loss is no ingredient, and is said to be none.
     capsys.readouterr()
     assert run(str(recipe), ["variants.user.merge.inputs=[near, one]"]) == 1
@@ -101,6 +102,8 @@ def test_rows_are_measured_then_kept_and_had_again(
     assert load_model(tmp_path / "near").num_parameters() > 0
     assert "the same model" in restore_to(home, str(row(home, "same")), tmp_path / "same")
     assert identity(tmp_path / "same") == whole["same"]
+    with pytest.raises(RunError, match="is there already"):
+        restore_to(home, "near", tmp_path / "same")
     with pytest.raises(RunError, match="no kept models of that name.*kept: near-.*, same-"):
         restore_to(home, "user", tmp_path / "x")
     with pytest.raises(RunError, match="is not the base"):
