@@ -5,6 +5,8 @@ Oracles: lm-eval's own rolling windows, and a plain double loop over tokens.
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from harness.rolling import Rolled, roll, sliding, windows
 from harness.scoring import SharedPrefixLM
 from harness.tiny import TEXT
 from reports import parts
+from reports.formats import comma_separated, markdown
 from reports.records import Run, read_scores, token_perplexities
-from reports.table import _cell
+from reports.table import _cell, read
 
 PREFIX = -7
 BOOK = TEXT[0] + " Größe: 東京 😀. " + TEXT[31]
@@ -165,6 +168,29 @@ def test_token_perplexity_stands_beside_bits_per_byte(measured: Path) -> None:
     some = frame[(frame.task == "kfuse_tiny_craft") & (frame.metric == "nats_per_token")]
     mean = (some.value * some.weight).sum() / some.weight.sum()
     assert found["kfuse_tiny_craft"] == pytest.approx(np.exp(mean))
+
+
+def test_a_report_shows_it_by_row_and_task(measured: Path) -> None:
+    home = measured.parent.parent
+    run = Run.open(measured)
+    listed = run.manifest["tasks"]
+    suite = {"name": "tiny_text", "title": "Tiny text", "rule": "macro", "tasks": listed}
+    row = {"name": "model", "kind": "source", "summary": "it", "cost": None, "captures": []}
+    index = {"recipe": "r", "recipe_yaml": "", "reference": "model", "rows": [row], "facts": {}}
+    index |= {"suites": [suite]}
+    index |= {"cells": {"model": {"tiny_text": {"run": str(measured.relative_to(home))}}}}
+    path = home / "reports" / "r-1" / "index.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(index))
+    report = read(path)
+    shown = token_perplexities(run)["kfuse_tiny_craft"]
+    text = markdown(report)
+    assert "not comparable across tokenizers" in text
+    assert f"| model | tiny\\_text | craft | {shown:.2f} |" in text
+    table = pd.read_csv(io.StringIO(comma_separated(report)))
+    found = table.set_index("task").token_perplexity
+    assert found["kfuse_tiny_craft"] == pytest.approx(shown)
+    assert np.isnan(table[table.task.isna()].token_perplexity).all(), "a suite has none"
 
 
 def test_a_text_without_a_score_counts_in_neither(measured: Path) -> None:
