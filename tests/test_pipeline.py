@@ -145,6 +145,7 @@ from harness.cli import main
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.environ["KFUSE_HOME"] = line.strip()
         sys.argv = ["kfuse", "run", "tiny"]
         main()
