@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
+from fusion.errors import RunError
 from harness.store import PACKAGES, home
 
 
@@ -88,7 +89,11 @@ def languages() -> Iterator[str]:
     from harness.languages import LANGUAGES
     from harness.sandbox import choose
 
-    tier = choose()
+    try:
+        tier = choose()
+    except RunError as error:
+        yield f"no program of any language can be judged: {error}"
+        return
     yield f"{'language':<12} {'version':<12} {'tier':<10} {'seconds':>7}  canaries"
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         keys = ("py", *LANGUAGES)
@@ -108,7 +113,10 @@ def _bfloat16() -> bool:
 def _sandbox() -> str:
     from harness.sandbox import describe
 
-    return describe()
+    try:
+        return describe()
+    except RunError as error:
+        return str(error)
 
 
 def reachable(timeout: float = 3.0) -> bool:

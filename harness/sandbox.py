@@ -209,7 +209,9 @@ def describe(tier: Tier | None = None) -> str:
     kept = "this machine's readable files" if tier.drop else "all files of this user"
     if os.geteuid() == 0 and not tier.drop:
         kept += ", who is root: do not run code that you would not run yourself"
-    return f"process limits only: programs keep the network and {kept} ({tier.reason})"
+    return (
+        f"process limits only: programs keep the network and {kept} ({tier.reason or 'asked for'})"
+    )
 
 
 def _inside(files: Mapping[str, str | bytes]) -> None:

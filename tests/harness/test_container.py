@@ -19,6 +19,7 @@ import pytest
 from fusion.errors import RecipeError, RunError
 from harness import sandbox
 from harness.container import command_line, find
+from harness.doctor import _sandbox, languages
 from harness.execution import execute, fitness
 from harness.recipe import parse
 from harness.sandbox import Limits, Outcome, Tier, choose, describe, interpreter, run
@@ -150,6 +151,8 @@ def test_no_other_tier_is_taken_for_one_that_was_asked_for(
     with pytest.raises(RunError, match=r"container:lost .*docker: cannot connect to the daemon.*"):
         choose("container:lost")
     monkeypatch.setenv("KFUSE_SANDBOX", "container:lost")
+    assert "podman: no such image: lost" in _sandbox()
+    assert "no program of any language can be judged" in next(languages())
     with pytest.raises(RunError, match="podman: no such image: lost"):
         execute([{"generation": ["x"], "doc": {"tests": []}}], allow=True)
     for name in ("docker", "podman"):
