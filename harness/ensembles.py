@@ -177,7 +177,7 @@ class EnsembleLM(LM):
         for index, request in enumerate(requests):
             contexts.setdefault(request.args[0], []).append(index)
         firsts = [indices[0] for indices in contexts.values()]
-        weights = dict.fromkeys(contexts, self.weigh.prior)
+        weights = dict.fromkeys(contexts, self.weigh(np.zeros(len(self.members))))
         if self.weigh.reads_prompt:
             scored = [
                 member.score([pair[index] for index in firsts], contexts=True)

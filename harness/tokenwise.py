@@ -43,6 +43,7 @@ class Vocabularies:
                 images = _images(back, self.size, rows)
             else:
                 images = _images(vocabulary_map, rows, self.size)
+                images = torch.where(images < 0, self.size, images)  # lost, beside the vocabulary
             self.images.append(images.to(member.model.device))
 
     def mix(self, logprobs: Sequence[Tensor | None], weights: Tensor) -> Tensor:
@@ -66,16 +67,12 @@ class Vocabularies:
     def _probabilities(
         self, first: Tensor, others: Sequence[Tensor | None], weights: Tensor
     ) -> Tensor:
-        out = first.new_zeros(len(first), self.size + 1)  # the last: what has no image
+        out = first.new_zeros(len(first), self.size + 1)  # the last: what is lost
         out[:, : first.shape[1]] = first.exp() * weights[0][:, None]
         for images, other, w in zip(self.images, others, weights[1:], strict=True):
             if other is not None:
                 p = other.to(first.device).exp() * w[:, None]
-                if images.device != first.device:
-                    images = images.to(first.device)
-                out.scatter_add_(
-                    1, images.clamp_min(-1).remainder(self.size + 1).expand(p.shape), p
-                )
+                out.scatter_add_(1, images.to(first.device).expand(p.shape), p)
         return out[:, : self.size].log()
 
     def _logits(self, first: Tensor, others: Sequence[Tensor | None], weights: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from scipy import sparse
 from fusion.errors import RecipeError, RunError
 from fusion.vocabulary import build
 from harness.ensembles import EnsembleLM
+from harness.fallback import plain_logits
 from harness.rules import ENSEMBLE_RULES
 from harness.scoring import SharedPrefixLM
 
@@ -144,6 +145,37 @@ def test_every_rule_scores_and_generates_across_vocabularies(
     assert all(np.isfinite(total) and total < 0 for total in mixed.loglikelihood_rolling(TEXTS))
     together = mixed.generate(PROMPTS)
     assert [mixed.generate([prompt])[0].text for prompt in PROMPTS] == [g.text for g in together]
+
+
+@pytest.mark.parametrize(("rule", "level"), [("mean_probability", "token"), ("mean_logit", None)])
+def test_tokens_are_mixed_where_both_members_stand_at_one_byte(
+    models: dict[str, SharedPrefixLM], ensemble: Any, rule: str, level: str | None
+) -> None:
+    first, second = models["llama"], models["gemma"]
+    w = [0.25, 0.75]
+    mixed = ensemble(rule, "llama", "gemma", weights=w, level=level)
+    context = "The baker"
+    token = first.tok_encode(context + " counts")[len(first.tok_encode(context))]
+    said = first.tokenizer.decode([token])
+    (found,) = mixed.loglikelihood([choice(context, said)])
+    one, two = (
+        plain_logits(m.model, m.tok_encode(context))[-1].log_softmax(-1).double()
+        for m in (first, second)
+    )
+    size = len(first.tokenizer)
+    if rule == "mean_probability":
+        images = build(second.tokenizer, first.tokenizer).toarray()
+        p = w[0] * one.exp().numpy()[:size] + w[1] * (two.exp().numpy() @ images)
+        expected = np.log(p[token])
+    else:
+        back = build(first.tokenizer, second.tokenizer).toarray()
+        least = float(two.min())
+        z = [
+            w[0] * float(one[v]) + w[1] * (float(two[row.argmax()]) if row.any() else least)
+            for v, row in enumerate(back)
+        ]
+        expected = z[token] - np.log(np.exp(z).sum())
+    assert found[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_vote_is_won_by_most_members_and_told_by_them(
