@@ -8,6 +8,7 @@ work. Which bytes come out depends on the tensors alone, never on how the inputs
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
@@ -45,6 +46,7 @@ DTYPES_OF = {
 }
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Entry = tuple[str, int, tuple[int, ...]]  # a tensor to write: type as BF16, bytes of all, shape
+Merged = Callable[[Sequence[str]], Iterator[Tensor]]  # named tensors, in consecutive pieces
 _DERIVED = "rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
 
 
@@ -157,13 +159,6 @@ def merge(
         floats = [n for n in sorted(opened[origin].files) if opened[origin].code(n) in FLOATS]
         keys = [identity(folder) for folder in folders] if "models" in context(method) else None
         ground = opened[base] if base else None
-        work = Merging(inputs, ground, method, parameters, floats, keys)
-
-        def merged(name: str) -> Iterator[Tensor]:
-            if inputs[0].code(name) not in FLOATS:
-                yield inputs[0].read(name)
-            else:
-                yield from (piece.to(DTYPES[dtype]) for piece in work.pieces(name))
 
         entries: dict[str, Entry] = {}
         for name in sorted(opened[origin].files):
@@ -173,7 +168,9 @@ def merge(
                 entries[name] = (_CODES[dtype], size, shape)
             else:
                 entries[name] = (code, inputs[0].read(name).nbytes, shape)
-        with _published(out) as partial:
+        work = Merging(inputs, ground, method, parameters, floats, keys)
+        with _published(out) as partial, work:
+            merged = functools.partial(work.pieces, dtype=DTYPES[dtype])
             facts = _write(partial, entries, merged, shard_bytes)
             _copy_beside(origin, partial, {**config, "dtype": dtype})
             names = list(rows or (folder.name for folder in (*folders, origin)))
@@ -238,9 +235,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise RunError(f"{what}; if it is truncated or damaged, fetch or build it again") from error
 
 
-def _write(
-    out: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]], limit: int
-) -> dict[str, Any]:
+def _write(out: Path, entries: Mapping[str, Entry], merged: Merged, limit: int) -> dict[str, Any]:
     """Compute and write tensors in the order of `entries`, in files of at most `limit` bytes."""
     shards: list[list[str]] = []
     room = 0
@@ -265,9 +260,7 @@ def _write(
     return {"tensors": len(entries), "parameters": numbers, "bytes": total, "files": len(shards)}
 
 
-def _write_file(
-    path: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]]
-) -> None:
+def _write_file(path: Path, entries: Mapping[str, Entry], merged: Merged) -> None:
     """One safetensors file: length of the header, header, tensors one after another.
 
     The safetensors package writes whole dictionaries only, which would hold a shard in memory.
@@ -285,9 +278,8 @@ def _write_file(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for piece in merged(name):
-                file.write(_bytes(piece).numpy().data)
+        for piece in merged(order):
+            file.write(_bytes(piece).numpy().data)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

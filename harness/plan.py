@@ -29,7 +29,7 @@ VERSIONS = {
     "capture": 2,
     "map": 2,
     "train": 1,
-    "merge": 2,
+    "merge": 3,
     "evaluate": 2,
 }
 
