@@ -149,7 +149,7 @@ def merge(
         opened = {f: Checkpoint(f, stack) for f in dict.fromkeys((origin, *folders))}
         unique = len({folder.name for folder in opened}) == len(opened)
         named = {folder.name if unique else str(folder): c for folder, c in opened.items()}
-        config = _config(origin)
+        config = read_config(origin)
         if pad:
             config |= pad_vocabulary(named, pad)
         refuse_mismatches(named, config)
@@ -169,7 +169,7 @@ def merge(
             else:
                 entries[name] = (code, inputs[0].read(name).nbytes, shape)
         work = Merging(inputs, ground, method, parameters, floats, keys)
-        with _published(out) as partial, work:
+        with published(out) as partial, work:
             merged = functools.partial(work.pieces, dtype=DTYPES[dtype])
             facts = _write(partial, entries, merged, shard_bytes)
             _copy_beside(origin, partial, {**config, "dtype": dtype})
@@ -287,7 +287,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`; its files move into `out` when all are written."""
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -303,7 +303,8 @@ def _published(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's configuration."""
     with _reading(folder / "config.json"):
         return dict(json.loads((folder / "config.json").read_text()))
 
@@ -314,6 +315,13 @@ def _copy_beside(source: Path, out: Path, config: dict[str, Any]) -> None:
         shutil.copyfile(path, out / path.name)
     config.pop("torch_dtype", None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def complete(folder: Path, source: Path) -> None:
+    """Copy what belongs to a model beside its weights, where the folder has none of its own."""
+    for path in _beside(source):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def _beside(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from fusion.tokens import tokenize
 from fusion.training import Blocks, collate
 from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
+from harness.bench_merging import merging
 from harness.build import build, device, model_folder
 from harness.peers import scoring
 from harness.plan import Plan, plan
@@ -202,6 +203,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "capture": capture,
     "loss": loss,
     "scoring": scoring,
+    "merging": merging,
 }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from fusion.mergekit import made_by
 from fusion.spec import Source, Train
 from harness.assets import PINNED, local_files
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
@@ -208,6 +209,7 @@ def _variant(out: Plan, name: str) -> None:
             "inputs": [out.identities[i] for i in merge.inputs],
             "base": out.identities[merge.base] if merge.base else None,
             "version": VERSIONS["merge"],
+            **made_by(merge.method),
         }
         key = identity({"merge": content})
         folder = _place(out.home, "models", name, key)
