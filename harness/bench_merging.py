@@ -5,7 +5,8 @@ lie in TMPDIR. Copying reads the bytes of all that a merge reads and writes thos
 the files in memory, so the disk is no part of it. Each method merges in a process of its own, whose
 peak is of what it allocated (RssAnon, as the system counts it, above that before the merge): pages
 of mapped files, which the system takes back at need, do not count. mergekit runs on the same files
-where KFUSE_MERGEKIT names its `mergekit-yaml`; its imports are timed apart and left out.
+where KFUSE_MERGEKIT names its `mergekit-yaml`; its imports are timed apart and left out. CPU
+seconds stand beside the seconds, as they say more on a machine that is not idle.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 # Folders, the base's or nothing, where to, method, options: merges once for each number of threads.
 _OURS = """
-import hashlib, json, sys, threading, time, torch
+import hashlib, json, os, sys, threading, time, torch
 from pathlib import Path
 from fusion.checkpoints import merge
 folders, base, out, method, options = json.loads(sys.argv[1])
@@ -67,25 +68,25 @@ def watch():
     while not done.wait(0.002):
         peak[0] = max(peak[0], held())
 seen, seconds, peaks = [], [], []
-for threads in (torch.get_num_threads(), 1, 3):
+for threads in (torch.get_num_threads(), 3):
     torch.set_num_threads(threads)
     done.clear()
     peak[0] = 0
     watching = threading.Thread(target=watch)
     watching.start()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), sum(os.times()[:2])
     merge([Path(f) for f in folders], Path(base) if base else None, Path(out), method, options)
-    seconds.append(time.perf_counter() - started)
+    seconds.append((time.perf_counter() - started, sum(os.times()[:2]) - used))
     done.set()
     watching.join()
     peaks.append(peak[0] - before)
     with (Path(out) / "model.safetensors").open("rb") as data:
         seen.append(hashlib.file_digest(data, "sha256").hexdigest())
-print(json.dumps([seconds[0], peaks[0], len(set(seen))]))
+print(json.dumps([*seconds[0], peaks[0], len(set(seen))]))
 """
-# Runs a command; prints its seconds and its largest RssAnon in bytes.
+# Runs a command; prints its seconds, its CPU seconds and its largest RssAnon in bytes.
 _WATCH = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 started = time.perf_counter()
 child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 most = 0
@@ -99,7 +100,7 @@ while child.poll() is None:
     time.sleep(0.005)
 if child.returncode:
     sys.exit(child.stderr.read().decode()[-2000:])
-print(time.perf_counter() - started, most)
+print(time.perf_counter() - started, sum(os.times()[2:4]), most)
 """
 
 
@@ -115,7 +116,7 @@ def merging() -> None:
             f"MB, {torch.get_num_threads()} threads (floors: 60% of copying, {COUNT + 2} largest "
             "tensors of memory)"
         )
-        imports = _watched([str(theirs), "--help"]) if theirs else (0.0, 0.0)
+        imports = _watched([str(theirs), "--help"]) if theirs else (0.0, 0.0, 0.0)
         for method in MERGE_METHODS:
             _method(root, method, largest, str(theirs) if theirs else "", imports)
         if not theirs:
@@ -123,19 +124,20 @@ def merging() -> None:
 
 
 def _method(
-    root: Path, method: str, largest: int, theirs: str, imports: tuple[float, float]
+    root: Path, method: str, largest: int, theirs: str, imports: tuple[float, float, float]
 ) -> None:
     folders = [root / f"m{number}" for number in range(2 if method == "slerp" else COUNT)]
     base = folders[0] if needs_base(method) else None
     copied = _copied(folders, root)
     inputs = [str(folder) for folder in folders if folder != base]
     job = [inputs, base and str(base), str(root / "ours"), method, OPTIONS.get(method, {})]
-    seconds, peak, kinds = json.loads(_output([sys.executable, "-c", _OURS, json.dumps(job)]))
-    copied = min(copied, _copied(folders, root))
+    seconds, used, peak, kinds = json.loads(_output([sys.executable, "-c", _OURS, json.dumps(job)]))
+    copied = [min(pair) for pair in zip(copied, _copied(folders, root), strict=True)]
     same = "same bytes" if kinds == 1 else "BYTES DIFFER"
     line = (
-        f"  {method:<16}{seconds:6.2f} s, {copied / seconds:4.0%} of copying, "
-        f"{peak / largest:5.2f} largest tensors, {same} with 1, 3 and all threads"
+        f"  {method:<16}{seconds:6.2f} s, {copied[0] / seconds:4.0%} of copying; {used:5.2f} CPU "
+        f"s, {copied[1] / used:4.0%}; {peak / largest:5.2f} largest tensors; {same} with "
+        f"{torch.get_num_threads()} and 3 threads"
     )
     if theirs and method in THEIRS:
         name, each, every = THEIRS[method]
@@ -144,10 +146,13 @@ def _method(
         config |= {"base_model": str(base)} if base else {}
         (root / "config.yml").write_text(yaml.safe_dump(config))
         flags = ["--no-copy-tokenizer", "--no-write-model-card"]
-        took, held = _watched([theirs, str(root / "config.yml"), str(root / "theirs"), *flags])
+        took, spent, held = _watched(
+            [theirs, str(root / "config.yml"), str(root / "theirs"), *flags]
+        )
         line += (
             f"; mergekit {(took - imports[0]) / seconds:.1f} times the time, "
-            f"{(held - imports[1]) / max(1, peak):.1f} times the memory"
+            f"{(spent - imports[1]) / used:.1f} times the CPU time, "
+            f"{(held - imports[2]) / max(1, peak):.1f} times the memory"
         )
     say(line)
 
@@ -171,26 +176,26 @@ def _models(root: Path) -> int:
     return max(tensor.nbytes for tensor in weights.values())
 
 
-def _copied(folders: list[Path], root: Path) -> float:
-    """Seconds to read the bytes of all models and write those of one, the faster of two times."""
+def _copied(folders: list[Path], root: Path) -> list[float]:
+    """Seconds, and CPU seconds, to read all models and write one; the best of two times."""
     seconds = []
     for _ in range(2):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), sum(os.times()[:2])
         with (root / "copy").open("wb") as out:
             for folder in folders:
                 with (folder / "model.safetensors").open("rb") as data:
                     while block := data.read(1 << 22):
                         if folder is folders[0]:
                             out.write(block)
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started, sum(os.times()[:2]) - used))
         (root / "copy").unlink()
-    return min(seconds)
+    return [min(column) for column in zip(*seconds, strict=True)]
 
 
-def _watched(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak anonymous bytes of a command."""
-    seconds, peak = _output([sys.executable, "-c", _WATCH, *command]).split()
-    return float(seconds), float(peak)
+def _watched(command: list[str]) -> tuple[float, float, float]:
+    """Seconds, CPU seconds and peak anonymous bytes of a command."""
+    seconds, used, peak = map(float, _output([sys.executable, "-c", _WATCH, *command]).split())
+    return seconds, used, peak
 
 
 def _output(command: list[str]) -> str:
