@@ -16,7 +16,8 @@ def describe(folder: Path, section: Mapping[str, Any], notes: Sequence[str]) -> 
     given = {key: value for key, value in section.items() if value not in (None, {})}
     text = yaml.safe_dump({"merge": given}, sort_keys=False, allow_unicode=True)
     (folder / "merge.yaml").write_text(text)
-    told = (MERGE_METHODS[section["method"]].__doc__ or "").strip().splitlines()[:1]
+    method = MERGE_METHODS.get(section["method"])
+    told = (method.__doc__ or "").strip().splitlines()[:1] if method else []
     lines = [
         "---",
         "library_name: transformers",

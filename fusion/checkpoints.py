@@ -8,6 +8,7 @@ work. Which bytes come out depends on the tensors alone, never on how the inputs
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
@@ -46,6 +47,7 @@ DTYPES_OF = {
 }
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Entry = tuple[str, int, tuple[int, ...]]  # a tensor to write: type as BF16, bytes of all, shape
+Merged = Callable[[Sequence[str]], Iterator[Tensor]]  # named tensors, in consecutive pieces
 _DERIVED = "rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
 
 
@@ -150,7 +152,7 @@ def merge(
         opened = {f: Checkpoint(f, stack) for f in dict.fromkeys((origin, *folders))}
         unique = len({folder.name for folder in opened}) == len(opened)
         named = {folder.name if unique else str(folder): c for folder, c in opened.items()}
-        config = _config(origin)
+        config = read_config(origin)
         if pad:
             config |= pad_vocabulary(named, pad)
         refuse_mismatches(named, config)
@@ -160,14 +162,6 @@ def merge(
         floats = [n for n in sorted(opened[origin].files) if opened[origin].code(n) in FLOATS]
         keys = [identity(folder) for folder in folders] if "models" in context(method) else None
         ground = opened[base] if base else None
-        collected = opened_statistics(statistics, method, folders, inputs, stack)
-        work = Merging(inputs, ground, method, parameters, floats, keys, collected)
-
-        def merged(name: str) -> Iterator[Tensor]:
-            if inputs[0].code(name) not in FLOATS:
-                yield inputs[0].read(name)
-            else:
-                yield from (piece.to(DTYPES[dtype]) for piece in work.pieces(name))
 
         entries: dict[str, Entry] = {}
         for name in sorted(opened[origin].files):
@@ -177,7 +171,10 @@ def merge(
                 entries[name] = (_CODES[dtype], size, shape)
             else:
                 entries[name] = (code, inputs[0].read(name).nbytes, shape)
-        with published(out) as partial:
+        collected = opened_statistics(statistics, method, folders, inputs, stack)
+        work = Merging(inputs, ground, method, parameters, floats, keys, collected)
+        with published(out) as partial, work:
+            merged = functools.partial(work.pieces, dtype=DTYPES[dtype])
             facts = write_tensors(partial, entries, merged, shard_bytes)
             _copy_beside(origin, partial, {**config, "dtype": dtype})
             names = list(rows or (folder.name for folder in (*folders, origin)))
@@ -243,7 +240,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def write_tensors(
-    out: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]], limit: int
+    out: Path, entries: Mapping[str, Entry], merged: Merged, limit: int
 ) -> dict[str, Any]:
     """Compute and write tensors in the order of `entries`, in files of at most `limit` bytes."""
     shards: list[list[str]] = []
@@ -269,9 +266,7 @@ def write_tensors(
     return {"tensors": len(entries), "parameters": numbers, "bytes": total, "files": len(shards)}
 
 
-def _write_file(
-    path: Path, entries: Mapping[str, Entry], merged: Callable[[str], Iterator[Tensor]]
-) -> None:
+def _write_file(path: Path, entries: Mapping[str, Entry], merged: Merged) -> None:
     """One safetensors file: length of the header, header, tensors one after another.
 
     The safetensors package writes whole dictionaries only, which would hold a shard in memory.
@@ -289,9 +284,8 @@ def _write_file(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for piece in merged(name):
-                file.write(_bytes(piece).numpy().data)
+        for piece in merged(order):
+            file.write(_bytes(piece).numpy().data)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -315,7 +309,8 @@ def published(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's configuration."""
     with _reading(folder / "config.json"):
         return dict(json.loads((folder / "config.json").read_text()))
 
@@ -326,6 +321,13 @@ def _copy_beside(source: Path, out: Path, config: dict[str, Any]) -> None:
         shutil.copyfile(path, out / path.name)
     config.pop("torch_dtype", None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def complete(folder: Path, source: Path) -> None:
+    """Copy what belongs to a model beside its weights, where the folder has none of its own."""
+    for path in files_beside(source):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def files_beside(folder: Path) -> list[Path]:

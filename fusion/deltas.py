@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -136,8 +136,8 @@ def restore(delta: Path, base: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
             size = prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
             entries[name] = (entry["dtype"], size, tuple(entry["shape"]))
 
-        def made(name: str) -> Iterator[Tensor]:
-            yield _made(file, old, name, kept[name])
+        def made(names: Sequence[str]) -> Iterator[Tensor]:
+            return (_made(file, old, name, kept[name]) for name in names)
 
         with published(out) as partial:
             write_tensors(partial, entries, made, shard_bytes)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from fusion.tensors import dot, floating, ordered, ordering, shares, weighted_sum
+from fusion.tensors import each, floating, inner_products, ordered, ordering, shares, weighted_sum
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
     from torch import Tensor
@@ -178,93 +178,20 @@ def _stock(products: Products) -> float:
 
 def model_products(whole: Whole) -> Products:
     """⟨θ_i, θ_j⟩ of all pairs of models, over all that is given."""
-    return _products([floating(t) for t in tensors] for _, tensors, _ in whole)
+    return _summed(whole, lambda tensors, _: [floating(tensor) for tensor in tensors])
 
 
 def change_products(whole: Whole) -> Products:
     """⟨τ_i, τ_j⟩ of all pairs of models, over all that is given."""
-    return _products([floating(t) - floating(base) for t in ts] for _, ts, base in whole)
+    return _summed(whole, lambda tensors, base: [floating(t) - floating(base) for t in tensors])
 
 
-def _products(parts: Iterable[Sequence[Tensor]]) -> Products:
-    sums: list[list[float]] = []
-    for part in parts:
-        sums = sums or [[0.0] * len(part) for _ in part]
-        for one, first in enumerate(part):
-            for two in range(one, len(part)):
-                sums[one][two] += dot(first, part[two])
-                sums[two][one] = sums[one][two]
-    return sums
-
-
-def widen(
-    tensors: Sequence[Tensor],
-    base: Tensor,
-    *,
-    ratio: float = 1.0,
-    calibration: float = 1.0,
-    normalize: bool = False,
-    name: str = "",
-) -> Tensor:
-    r"""Weigh each column of each model by how much its norm and its direction changed: WIDEN.
-
-        columns:  m = |W|, D = W / m;   Δm_i = |m_i − m_0|,   ΔD_i = 1 − cos(D_i, D_0)
-        rank:     r = place among the columns of the same model / their number, in [0, 1)
-        weigh:    s_i = softmax over the models of r, but `calibration` where r > ratio · mean(r)
-        θ = θ_0 + Σ_i ½ (s_i of Δm + s_i of ΔD) · τ_i
-
-    A column is what one input meets: column of a matrix (out, in), row of an embedding, known by
-    `name`. For a vector s_i is that of |τ_i| itself, not ranked. The weights of a column need not
-    add up to one; with `normalize` they are divided by their sum.
-
-    Source: WIDEN, 2408.03092, its defaults. Relative to the paper: of equal changes the first
-    column ranks lower, in all models alike; `normalize` is ours.
-    """
-    models, _ = ordered(tensors)
-    base = floating(base)
-    if base.dim() < 2:
-        weights = _calibrated([(model - base).abs() for model in models], ratio, calibration)
-    else:
-        flipped = base.dim() == 2 and name.endswith(EMBEDDINGS)
-        zero = _columns(base, flipped)
-        start = zero.square().sum(0).sqrt()
-        norms, turns = [], []
-        for model in models:
-            one = _columns(model, flipped)
-            norm = one.square().sum(0).sqrt()
-            both = norm * start
-            cosine = (one * zero).sum(0) / both.where(both > 0, 1)
-            norms.append(_ranks((norm - start).abs()))
-            turns.append(_ranks(1 - cosine.where(both > 0, 1)))
-        by_norm, by_turn = (_calibrated(r, ratio, calibration) for r in (norms, turns))
-        shape = (-1, 1) if flipped else (1, *base.shape[1:])
-        weights = [
-            ((a + b) / 2).to(base.dtype).reshape(shape)
-            for a, b in zip(by_norm, by_turn, strict=True)
-        ]
-    if normalize:
-        total = weighted_sum(weights, [1.0] * len(weights))
-        weights = [weight / total for weight in weights]
-    parts = [weight * (model - base) for weight, model in zip(weights, models, strict=True)]
-    return base + weighted_sum(parts, [1.0] * len(parts))
-
-
-def _columns(matrix: Tensor, flipped: bool) -> Tensor:
-    return (matrix.T if flipped else matrix.flatten(1)).double()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Place of each value among all, ascending, from 0 to below 1."""
-    places = values.argsort(stable=True).argsort().double()
-    return places / max(1, values.numel())
-
-
-def _calibrated(values: Sequence[Tensor], ratio: float, calibration: float) -> list[Tensor]:
-    """Softmax over the models; `calibration` where a value is above `ratio` times its mean."""
-    powers = [value.exp() for value in values]
-    total = weighted_sum(powers, [1.0] * len(powers))
-    out = []
-    for value, power in zip(values, powers, strict=True):
-        mean = math.fsum(value.reshape(-1).tolist()) / max(1, value.numel())
-        out.append((power / total).masked_fill(value > ratio * mean, calibration))
-    return out
+def _summed(whole: Whole, vectors: Callable[[Sequence[Tensor], Any], list[Tensor]]) -> Products:
+    found = each(whole, lambda _, __, tensors, base: inner_products(vectors(tensors, base)))
+    total: list[list[float]] = []
+    for part in found:
+        if total:
+            pairs = zip(total, part, strict=True)
+            part = [[a + b for a, b in zip(one, two, strict=True)] for one, two in pairs]
+        total = part
+    return total

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fusion.tensors import dot, floating, ordered, shares, weighted_sum
+from fusion.tensors import dot, each, floating, ordered, shares, weighted_sum
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
     from torch import Tensor
@@ -43,7 +43,8 @@ def task_arithmetic(
     models, (given,) = ordered(tensors, weights)
     chosen = shares(given) if normalize else given
     base = floating(base)
-    return base + scale * weighted_sum([model - base for model in models], chosen)
+    changes = [model - base for model in models]
+    return weighted_sum(changes, chosen).mul_(scale).add_(base)
 
 
 def varm(
@@ -76,10 +77,12 @@ def varm(
 def squared_changes(whole: Whole, *, granularity: str = "matrix") -> dict[str, list[float]]:
     """Σ τ_i² of each model over the tensors that share their weights, by their common name."""
     sums: dict[str, list[float]] = {}
-    for name, tensors, base in whole:
+
+    def squares(_: int, name: str, tensors: Sequence[Tensor], base: Tensor) -> tuple[str, list]:
         changes = [floating(tensor) - floating(base) for tensor in tensors]
-        moved = [dot(change, change) for change in changes]
-        group = _group(name, granularity)
+        return _group(name, granularity), [dot(change, change) for change in changes]
+
+    for group, moved in each(whole, squares):
         before = sums.get(group, [0.0] * len(moved))
         sums[group] = [a + b for a, b in zip(before, moved, strict=True)]
     return sums

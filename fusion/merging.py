@@ -18,20 +18,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fusion.columns import column_changes, widen
 from fusion.geometry import (
     change_products,
     karcher,
     model_products,
     model_stock,
     slerp,
-    widen,
 )
 from fusion.informed import fisher, regmean
 from fusion.means import linear, squared_changes, task_arithmetic, varm
-from fusion.selection import sce_fusechat, sce_mergekit, sce_paper
-from fusion.sparse import dare_linear, dare_ties, ties_mergekit, ties_paper, trim
+from fusion.selection import sce_fusechat, sce_mergekit, sce_paper, select
+from fusion.sparse import (
+    dare_linear,
+    dare_ties,
+    largest_changes,
+    ties_mergekit,
+    ties_paper,
+    trim,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +102,12 @@ STATISTICS: dict[str, Callable[..., Any]] = {
     "model_stock": change_products,
     "ties@paper": trim,
     "varm": squared_changes,
+    "ties@mergekit": largest_changes,
+    "sce": partial(select, least=1),
+    "sce@paper": partial(select, least=1),
+    "sce@mergekit": partial(select, select_topk=1.0),
+    "sce@fusechat": select,
+    "widen": column_changes,
 }
 
 # Statistics of each model on the corpus, and which of the method's parameters they are made with.

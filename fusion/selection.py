@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from fusion.tensors import agreeing, dot, floating, fraction, largest, ordered, weighted_sum
+from fusion.ranking import Least, least_kept
+from fusion.tensors import agreeing, dot, each, floating, fraction, ordered, weighted_sum
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
     from torch import Tensor
 
+    from fusion.tensors import Whole
+
 _NO_MASS = 1e-6  # mergekit's: less mean square change than this counts as none
 
 
-def sce_paper(tensors: Sequence[Tensor], base: Tensor, *, select_topk: float = 0.1) -> Tensor:
+class Selected(NamedTuple):
+    """What SCE finds over a tensor: the smallest variance selected, Σ τ'² a model, its size."""
+
+    least: Least
+    squares: list[float]
+    size: int
+
+
+def sce_paper(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    *,
+    select_topk: float = 0.1,
+    start: int = 0,
+    found: Selected | None = None,
+) -> Tensor:
     r"""Select, calculate, erase (SCE), as the paper has it.
 
         select:     τ'_i = τ_i where Var_i(τ_i) is among the largest, else 0
@@ -30,12 +48,19 @@ def sce_paper(tensors: Sequence[Tensor], base: Tensor, *, select_topk: float = 0
     Relative to the paper: it takes τ % of all elements; those without variance would be drawn by
     chance, so they do not count here.
     """
-    models, base, chosen = _selected(tensors, base, select_topk, least=1)
-    changes = [(model - base).where(chosen, 0) for model in models]
-    return base + _erased(changes, _energies(changes))[0]
+    found = found or select([("", tensors, base)], select_topk=select_topk, least=1)
+    changes, weights = _selected(tensors, base, found, start)
+    return _erased(changes, weights)[0].add_(floating(base))
 
 
-def sce_mergekit(tensors: Sequence[Tensor], base: Tensor, *, select_topk: float = 1.0) -> Tensor:
+def sce_mergekit(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    *,
+    select_topk: float = 1.0,
+    start: int = 0,
+    found: Selected | None = None,
+) -> Tensor:
     r"""Select, calculate, erase, as mergekit 0.1.5 has it, with its default.
 
         θ = θ_0 + Σ_{i: sign(τ'_i) = s} w_i τ'_i / max(1e-6, Σ_{the same i} w_i)
@@ -44,13 +69,20 @@ def sce_mergekit(tensors: Sequence[Tensor], base: Tensor, *, select_topk: float 
     all w_i are equal where Σ_i mean(τ'_i²) < 1e-6, which light fine-tuning often stays below. The
     base where nothing is selected, so for select_topk < 1 copies merge to the base.
     """
-    models, base, chosen = _selected(tensors, base, select_topk, least=0)
-    changes = [(model - base).where(chosen, 0) for model in models]
-    merged, surviving = _erased(changes, _energies(changes, floor=_NO_MASS))
-    return base + merged / surviving.clamp(min=_NO_MASS)
+    found = found or select([("", tensors, base)], select_topk=select_topk)
+    changes, weights = _selected(tensors, base, found, start, floor=_NO_MASS)
+    merged, surviving = _erased(changes, weights)
+    return merged.div_(surviving.clamp_(min=_NO_MASS)).add_(floating(base))
 
 
-def sce_fusechat(tensors: Sequence[Tensor], base: Tensor, *, select_topk: float = 0.1) -> Tensor:
+def sce_fusechat(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    *,
+    select_topk: float = 0.1,
+    start: int = 0,
+    found: Selected | None = None,
+) -> Tensor:
     r"""Select, calculate, erase, as the code released with FuseChat has it.
 
         θ = θ_0 + Σ_{i: sign(τ_i) = s} w_i τ_i / Σ_{the same i} w_i,   s = sign(Σ_i τ_i)
@@ -58,45 +90,80 @@ def sce_fusechat(tensors: Sequence[Tensor], base: Tensor, *, select_topk: float 
     w as in `sce_paper`. Relative to the paper: the selection decides the weights only, all elements
     are merged, and the sum is divided by the weights that survive.
     """
-    models, base, chosen = _selected(tensors, base, select_topk, least=0)
-    changes = [model - base for model in models]
-    weights = _energies([change.where(chosen, 0) for change in changes])
+    found = found or select([("", tensors, base)], select_topk=select_topk)
+    everything = Selected(Least(0.0), found.squares, found.size)
+    changes, weights = _selected(tensors, base, everything, start)
     merged, surviving = _erased(changes, weights)
-    return base + merged / surviving.where(surviving > 0, 1)
+    return merged.div_(surviving.masked_fill_(surviving <= 0, 1)).add_(floating(base))
+
+
+def select(whole: Whole, *, select_topk: float = 0.1, least: int = 0) -> Selected:
+    """The share of a tensor that varies most over the models, and their squared changes there.
+
+    If nothing varies, all is selected where `least` asks for any at all.
+    """
+    fraction("select_topk", select_topk)
+
+    def keep(size: int, varied: int) -> int:
+        return max(int(varied * select_topk), least) if varied else least * size
+
+    chosen = Least(0.0)
+    if select_topk < 1:
+        chosen = next(
+            iter(least_kept(whole, lambda tensors, _: [_variance(tensors)], keep)), chosen
+        )
+
+    def squares(
+        start: int, _: str, tensors: Sequence[Tensor], base: Tensor
+    ) -> tuple[int, list[float]]:
+        mask = chosen.mask(_variance(tensors), start) if chosen.value > 0 else None
+        changes = [floating(tensor) - floating(base) for tensor in tensors]
+        held = changes if mask is None else [change.mul_(mask) for change in changes]
+        return changes[0].numel(), [dot(change, change) for change in held]
+
+    parts = list(each(whole, squares))
+    totals = [math.fsum(column) for column in zip(*(sums for _, sums in parts), strict=True)]
+    return Selected(chosen, totals, sum(size for size, _ in parts))
+
+
+def _variance(tensors: Sequence[Tensor]) -> Tensor:
+    """M times the variance over the models.
+
+    It is taken about the first model rather than the base: it is the same, and exactly zero where
+    models agree.
+    """
+    models, _ = ordered(tensors)
+    apart = [model - models[0] for model in models[1:]]
+    if not apart:
+        return models[0].new_zeros(models[0].shape)
+    mean = weighted_sum(apart, [1 / len(models)] * len(apart))
+    out = mean.square()
+    for one in apart:
+        out += one.sub_(mean).square_()
+    return out
 
 
 def _selected(
-    tensors: Sequence[Tensor], base: Tensor, share: float, least: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Ordered models, base, and the mask of the share that varies most over the models.
+    tensors: Sequence[Tensor], base: Tensor, found: Selected, start: int, floor: float = 0.0
+) -> tuple[list[Tensor], list[float]]:
+    """Selected changes and weights, ordered.
 
-    Variance is taken about the first model rather than the base: it is the same, and exactly zero
-    where models agree. If none varies, all are selected where `least` asks for any at all.
+    A weight is the model's share of the squared change; equal where it is zero, or its mean below
+    `floor`.
     """
-    fraction("select_topk", share)
-    models, _ = ordered(tensors, None)
-    if share == 1:
-        return models, floating(base), base.new_ones(base.shape).bool()
-    mean = weighted_sum([model - models[0] for model in models], [1 / len(models)] * len(models))
-    variance = mean.new_zeros(mean.shape)
-    for model in models:
-        variance += (model - models[0] - mean).square()
-    varied = int((variance > 0).sum())
-    keep = max(int(varied * share), least) if varied else least * variance.numel()
-    chosen = largest(variance, keep) if keep else variance.new_zeros(variance.shape).bool()
-    return models, floating(base), chosen
-
-
-def _energies(changes: Sequence[Tensor], floor: float = 0.0) -> list[float]:
-    """Each model's share of the squared change; equal where it is zero, or its mean below floor."""
-    squares = [dot(change, change) for change in changes]
+    models, (squares,) = ordered(tensors, found.squares)
+    base = floating(base)
+    changes = [model - base for model in models]
+    if found.least.value > 0:
+        mask = found.least.mask(_variance(tensors), start)
+        changes = [change.mul_(mask) for change in changes]
     total = math.fsum(squares)
-    if total == 0 or total / changes[0].numel() < floor:
-        return [1 / len(changes)] * len(changes)
-    return [square / total for square in squares]
+    if total == 0 or total / found.size < floor:
+        return changes, [1 / len(squares)] * len(squares)
+    return changes, [square / total for square in squares]
 
 
 def _erased(changes: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    positive = weighted_sum(changes, [1.0] * len(changes)) >= 0
-    parts = [weight * change for weight, change in zip(weights, changes, strict=True)]
-    return agreeing(parts, weights, positive)
+    total = weighted_sum(changes, [1.0] * len(changes))
+    parts = [change.mul_(weight) for weight, change in zip(weights, changes, strict=True)]
+    return agreeing(parts, weights, total)

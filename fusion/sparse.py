@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fusion.ranking import Least, least_kept
 from fusion.tensors import (
     agreeing,
+    divided,
+    each,
     floating,
     fraction,
-    largest,
     ordered,
     ordering,
     shares,
@@ -24,8 +26,6 @@ if TYPE_CHECKING:  # a recipe is checked against the signatures below without wa
 
     from fusion.tensors import Whole
 
-DIGIT = 16  # bits of a magnitude that one pass over the models settles
-
 
 def ties_mergekit(
     tensors: Sequence[Tensor],
@@ -35,6 +35,8 @@ def ties_mergekit(
     density: float | list[float] = 1.0,
     scale: float = 1.0,
     normalize: bool = True,
+    start: int = 0,
+    found: Sequence[Least] | None = None,
 ) -> Tensor:
     r"""Trim the changes, elect a sign for each element, average those that have it: TIES.
 
@@ -43,7 +45,8 @@ def ties_mergekit(
         merge:  θ = θ_0 + scale · Σ_{i: sign(w_i τ'_i) = s} w_i τ'_i / Σ_{the same i} w_i
 
     `density` is one fraction in (0, 1], or one a model; of equal magnitudes the first are kept.
-    Without `normalize` the sum is not divided.
+    Without `normalize` the sum is not divided. `found` is what `largest_changes` gives over the
+    tensor, by default this one.
 
     Source: TIES-Merging, 2306.01708, as mergekit 0.1.5 has it, with its defaults.
     Relative to the paper: trimmed in each tensor by itself where the paper ranks the whole model,
@@ -51,17 +54,40 @@ def ties_mergekit(
     the election go to + where the authors' code follows the whole model's majority. The paper
     keeps the largest 20 % (density 0.2).
     """
-    models, (given, fractions) = ordered(tensors, weights, _densities(density, len(tensors)))
     base = floating(base)
+    found = found or largest_changes([("", tensors, base)], density=density)
+    order, (given,) = ordering(tensors, weights)
     parts = []
-    for model, weight, share in zip(models, given, fractions, strict=True):
-        change = model - base
-        keep = max(1, int(share * change.numel()))
-        parts.append(weight * change.where(largest(change.abs(), keep), 0))
-    merged, surviving = agreeing(parts, given, weighted_sum(parts, [1.0] * len(parts)) >= 0)
+    for index, weight in zip(order, given, strict=True):
+        change = found[index].kept(floating(tensors[index]) - base, start)
+        parts.append(change if weight == 1 else change.mul_(weight))
+    merged, surviving = agreeing(parts, given, weighted_sum(parts, [1.0] * len(parts)))
     if normalize:
-        merged = merged / surviving.where(surviving.abs() >= 1e-8, 1)
-    return base + scale * merged
+        merged = divided(merged, surviving, 1e-8)
+    return merged.mul_(scale).add_(base)
+
+
+def largest_changes(whole: Whole, *, density: float | list[float] = 1.0) -> list[Least]:
+    """The smallest |τ| that `ties_mergekit` keeps of a tensor, a model each."""
+    count = _models(whole)
+    fractions = _densities(density, count)
+    if all(share == 1 for share in fractions):
+        return [Least(0.0)] * count
+    out: list[tuple[int, Least]] = []
+    for share in dict.fromkeys(fractions):  # models of one density together
+        members = [index for index, one in enumerate(fractions) if one == share]
+
+        def values(
+            tensors: Sequence[Tensor], base: Tensor, of: list[int] = members
+        ) -> list[Tensor]:
+            return [(floating(tensors[i]) - floating(base)).abs_() for i in of]
+
+        def keep(size: int, _: int, share: float = share) -> int:
+            return max(1, int(share * size))
+
+        least = least_kept(whole, values, keep)
+        out += zip(members, least, strict=True)
+    return [least for _, least in sorted(out, key=lambda pair: pair[0])]
 
 
 class Trim(NamedTuple):
@@ -95,64 +121,40 @@ def ties_paper(
     found = found or trim([("", tensors, base)], density=density)
     models, (thresholds,) = ordered(tensors, found.thresholds)
     parts = _trimmed(models, base, thresholds)
-    total = weighted_sum(parts, [1.0] * len(parts))
-    positive = (total >= 0) if found.positive else (total > 0)
-    merged, agreeing_models = agreeing(parts, [1.0] * len(parts), positive)
-    return base + scale * (merged / agreeing_models.clamp(min=1))
+    ones = [1.0] * len(parts)
+    merged, models_agreeing = agreeing(parts, ones, weighted_sum(parts, ones), found.positive)
+    return merged.div_(models_agreeing.clamp_(min=1)).mul_(scale).add_(base)
 
 
 def _trimmed(models: Sequence[Tensor], base: Tensor, thresholds: Sequence[float]) -> list[Tensor]:
-    changes = [model - base for model in models]
-    pairs = zip(changes, thresholds, strict=True)
-    return [change.where(change.abs() >= least, 0) for change, least in pairs]
+    pairs = zip(models, thresholds, strict=True)
+    return [Least(least).kept(model - base) for model, least in pairs]
 
 
 def trim(whole: Whole, *, density: float = 0.2) -> Trim:
-    """Thresholds of `ties_paper` over all tensors, exact, in memory that does not depend on them.
-
-    A magnitude's bits, read as a whole number, order as it does: each pass counts one digit of 16
-    bits among those that share the digits before. Two passes in float32, and one for the sign.
-    """
+    """Thresholds of `ties_paper` over all tensors, exact, and the sign that most elements elect."""
     fraction("density", density)
-    count, size = 0, 4
-    for _, tensors, _ in whole:
-        count += tensors[0].numel()
-        size = max(size, tensors[0].element_size())
-    if not count:
-        return Trim([0.0] * max(1, _models(whole)), True)
-    prefixes = [0] * _models(whole)
-    left = [max(1, int(density * count))] * len(prefixes)
-    for shift in range(8 * size - DIGIT, -1, -DIGIT):
-        counts = np.zeros((len(prefixes), 1 << DIGIT), dtype=np.int64)
-        for _, tensors, base in whole:
-            for model, tensor in enumerate(tensors):
-                bits = _magnitude_bits(tensor, base)
-                bits = bits[(bits >> shift) >> DIGIT == prefixes[model]] >> shift
-                digits = (bits & ((1 << DIGIT) - 1)).astype(np.int64)
-                counts[model] += np.bincount(digits, minlength=1 << DIGIT)
-        for model, row in enumerate(counts):
-            above = np.cumsum(row[::-1])
-            place = int(np.searchsorted(above, left[model]))
-            left[model] -= int(above[place - 1]) if place else 0
-            prefixes[model] = (prefixes[model] << DIGIT) | ((1 << DIGIT) - 1 - place)
-    whole_number, real = (np.uint64, np.float64) if size == 8 else (np.uint32, np.float32)
-    thresholds = [float(np.array(p, whole_number).view(real)) for p in prefixes]
-    votes = 0
-    for _, tensors, base in whole:
-        zero = floating(base)
-        models, (least,) = ordered(tensors, thresholds)
-        parts = _trimmed(models, zero, least)
-        votes += int(weighted_sum(parts, [1.0] * len(parts)).sign().double().sum())
-    return Trim(thresholds, votes >= 0)
+
+    def values(tensors: Sequence[Tensor], base: Tensor) -> list[Tensor]:
+        return [(floating(tensor) - floating(base)).abs_() for tensor in tensors]
+
+    def keep(size: int, _: int) -> int:
+        return max(1, int(density * size))
+
+    least = least_kept(whole, values, keep, together=True)
+    thresholds = [one.value for one in least] or [0.0] * max(1, _models(whole))
+
+    def votes(_: int, __: str, tensors: Sequence[Tensor], base: Tensor) -> int:
+        models, (floors,) = ordered(tensors, thresholds)
+        parts = _trimmed(models, floating(base), floors)
+        total = weighted_sum(parts, [1.0] * len(parts))
+        return int((total > 0).count_nonzero()) - int((total < 0).count_nonzero())
+
+    return Trim(thresholds, sum(each(whole, votes)) >= 0)
 
 
 def _models(whole: Whole) -> int:
     return next((len(tensors) for _, tensors, _ in whole), 0)
-
-
-def _magnitude_bits(tensor: Tensor, base: Tensor) -> np.ndarray:
-    change = (floating(tensor) - floating(base)).abs_().reshape(-1).numpy()
-    return change.view(np.uint64 if change.itemsize == 8 else np.uint32)
 
 
 def dare_linear(
@@ -183,8 +185,8 @@ def dare_linear(
     """
     draw = Draw(seed, name, models, start)
     parts, given = _dropped(tensors, base, weights, density, rescale, draw)
-    chosen = shares(given) if normalize else given
-    return floating(base) + scale * weighted_sum(parts, chosen)
+    merged = weighted_sum(parts, shares(given) if normalize else given)
+    return merged.mul_(scale).add_(floating(base))
 
 
 def dare_ties(
@@ -211,10 +213,10 @@ def dare_ties(
     draw = Draw(seed, name, models, start)
     changes, given = _dropped(tensors, base, weights, density, rescale, draw)
     parts = [weight * change for weight, change in zip(given, changes, strict=True)]
-    merged, surviving = agreeing(parts, given, weighted_sum(parts, [1.0] * len(parts)) >= 0)
+    merged, surviving = agreeing(parts, given, weighted_sum(parts, [1.0] * len(parts)))
     if normalize:
-        merged = merged / surviving.where(surviving.abs() >= 1e-8, 1)
-    return floating(base) + scale * merged
+        merged = divided(merged, surviving, 1e-8)
+    return merged.mul_(scale).add_(floating(base))
 
 
 class Draw(NamedTuple):

@@ -170,7 +170,7 @@ class Merge(Section):
     """Combine the weights of several models tensor by tensor."""
 
     inputs: list[str] = Field(description="rows to merge, in order", min_length=1)
-    method: str = Field(description="a merge method, see `kfuse list`")
+    method: str = Field(description="a merge method, see `kfuse list`, or mergekit:NAME")
     base: str | None = Field(None, description="row whose weights the changes are taken from")
     parameters: dict[str, Any] = Field({}, description="parameters of the method")
     pad: Literal["trim", "extend"] | None = Field(
@@ -179,6 +179,11 @@ class Merge(Section):
         "the missing rows of the first that has them (the base first)",
     )
     dtype: Dtype = Field("float32", description="of the written weights")
+    mergekit: dict[str, Any] | None = Field(
+        None,
+        description="a mergekit configuration, a file or what it holds, whose models are rows; it "
+        "says inputs, base and method",
+    )
 
 
 class Ensemble(Section):

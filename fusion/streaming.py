@@ -1,18 +1,24 @@
-"""A merged tensor in pieces of whole rows, so that memory holds a few pieces and never a model.
+"""Merged tensors in pieces of whole rows, so that memory holds a few pieces and never a model.
 
 What a method finds over a tensor or a model (its line in STATISTICS) is found over the same pieces
-first. Where they are cut depends on the shape alone, so not a bit depends on who reads them. The
-methods that rank the elements of a tensor take it in one piece.
+first. Pieces are worked on side by side, in as many threads as torch would use, each one thread of
+its own; they are put together in their order, and where they are cut depends on the shape alone,
+so not a bit depends on who reads them. A method without row-wise arithmetic takes whole tensors,
+one after another.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fusion.merging import MERGE_METHODS, STATISTICS, by_rows, context, over_model
@@ -21,41 +27,109 @@ from fusion.statistics import Statistics
 if TYPE_CHECKING:
     from fusion.checkpoints import Checkpoint
 
-PIECE = 1 << 20  # elements of one model's tensor at once, at least one row
+PIECE = 1 << 18  # elements of one model's tensor at once, at least eight rows: fits a core's cache
+STEP = 8  # a piece starts at a multiple of so many rows, as draws come in eights
 
 
 class Pieces:
     """The same pieces of several checkpoints and a base, of one tensor or of more; re-iterable."""
 
     def __init__(
-        self, inputs: Sequence[Checkpoint], base: Checkpoint | None, names: Sequence[str], cut: bool
+        self,
+        inputs: Sequence[Checkpoint],
+        base: Checkpoint | None,
+        names: Sequence[str],
+        cut: bool,
+        threads: ThreadPoolExecutor | None = None,
     ) -> None:
         self.inputs, self.base, self.names, self.cut = inputs, base, names, cut
+        self.threads = threads
 
     def __iter__(self) -> Iterator[tuple[str, list[Tensor], Tensor | None]]:
-        for name in self.names:
-            for _, tensors, base in self.of(name):
-                yield name, tensors, base
+        for name, start, stop in self.places():
+            yield name, *self.read(name, start, stop)
 
-    def of(self, name: str) -> Iterator[tuple[int, list[Tensor], Tensor | None]]:
-        """(place of its first element, models, base), float32, of each piece of a tensor."""
-        shape = self.inputs[0].shape(name)
-        for start, stop in _cuts(shape) if self.cut else [(0, None)]:
-            tensors = [one.read(name, start, stop).float() for one in self.inputs]
-            base = self.base.read(name, start, stop).float() if self.base else None
-            yield start * prod(shape[1:]), tensors, base
+    def map(self, work: Callable[..., Any]) -> Iterator[Any]:
+        """work(place of its first element, name, models, base) of each piece, in order."""
+        calls = (partial(self._call, work, *place) for place in self.places())
+        return _side_by_side(self.threads, calls)
+
+    @property
+    def size(self) -> int:
+        """Elements of one model in all."""
+        return sum(prod(self.inputs[0].shape(name)) for name in self.names)
+
+    def sample(self, most: int) -> list[tuple[str, list[Tensor], Tensor | None]]:
+        """Whole rows from all over each tensor, about `most` elements in all, spread by size."""
+        total = self.size
+        out = []
+        for name in self.names:
+            shape = self.inputs[0].shape(name)
+            if not shape or not prod(shape):
+                continue
+            width = prod(shape[1:])
+            rows = min(shape[0], max(1, most * shape[0] // max(1, total)))
+            run = max(1, min(rows, -(-1024 // width)))  # neighbours: a page of the file at a time
+            places = [at * (shape[0] - run) // max(1, rows // run - 1) for at in range(rows // run)]
+            parts = [self.read(name, place, place + run) for place in places]
+            models = [torch.cat([part[0][m] for part in parts]) for m in range(len(self.inputs))]
+            bases = [part[1] for part in parts if part[1] is not None]
+            out.append((name, models, torch.cat(bases) if bases else None))
+        return out
+
+    def places(self) -> Iterator[tuple[str, int, int | None]]:
+        """Name, first row and end of each piece."""
+        for name in self.names:
+            shape = self.inputs[0].shape(name)
+            for start, stop in _cuts(shape) if self.cut else [(0, None)]:
+                yield name, start, stop
+
+    def read(self, name: str, start: int, stop: int | None) -> tuple[list[Tensor], Tensor | None]:
+        """Models and base of a piece, float32."""
+        tensors = [one.read(name, start, stop).float() for one in self.inputs]
+        return tensors, self.base.read(name, start, stop).float() if self.base else None
+
+    def _call(self, work: Callable[..., Any], name: str, start: int, stop: int | None) -> Any:
+        return work(
+            start * prod(self.inputs[0].shape(name)[1:]), name, *self.read(name, start, stop)
+        )
 
 
 def _cuts(shape: Sequence[int]) -> list[tuple[int, int | None]]:
-    """First and last row of each piece; multiples of four rows, as draws come in fours."""
+    """First and last row of each piece."""
     if not shape:
         return [(0, None)]
-    rows = max(4, PIECE // max(1, prod(shape[1:])) // 4 * 4)
+    rows = max(STEP, PIECE // max(1, prod(shape[1:])) // STEP * STEP)
     return [(at, min(at + rows, shape[0])) for at in range(0, max(1, shape[0]), rows)]
 
 
+def _side_by_side(
+    threads: ThreadPoolExecutor | None, calls: Iterable[Callable[[], Any]]
+) -> Iterator[Any]:
+    """What each call gives, in order; a few are under way at once."""
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for call in calls:
+            if threads is None or isinstance(call, Alone):
+                yield from (waiting.popleft().result() for _ in range(len(waiting)))
+                yield call()
+                continue
+            waiting.append(threads.submit(call))
+            if len(waiting) > 2 * threads._max_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+class Alone(partial[Any]):
+    """A call with nothing beside it, and all threads for itself: a whole tensor is large."""
+
+
 class Merging:
-    """One method at work on opened checkpoints."""
+    """One method at work on opened checkpoints; a context, which ends its threads."""
 
     def __init__(
         self,
@@ -72,39 +146,77 @@ class Merging:
         `statistics`: of each model, if the method takes them.
         """
         self.method, self.parameters = method, dict(parameters)
-        self.inputs, self.base = inputs, base
+        self.inputs, self.base, self.names = inputs, base, frozenset(names)
         self.cut = by_rows(method, parameters)
         self.known = {"models": models} if models is not None else {}
         self.collected = statistics
         # In units of their mean, so that a method's floor means the same for every model.
         self.unit = math.fsum(one.mean for one in statistics) / max(1, len(statistics)) or 1.0
         self.found: Any = None
-        if over_model(method, parameters):
-            self.found = self._statistics(names)
+        self.threads: ThreadPoolExecutor | None = None
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor, piece by piece."""
+    def __enter__(self) -> Merging:
+        self.before = torch.get_num_threads()
+        self.threads = ThreadPoolExecutor(
+            self.before, initializer=torch.set_num_threads, initargs=(1,)
+        )
+        try:
+            if over_model(self.method, self.parameters):
+                self.found = self._statistics(sorted(self.names))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.threads
+        self.threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.before)
+
+    def pieces(self, names: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The merged tensors one after another, piece by piece; others as the first model's."""
+        yield from _side_by_side(
+            self.threads, (c for name in names for c in self._calls(name, dtype))
+        )
+
+    def _calls(self, name: str, dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
+        if name not in self.names:
+            yield partial(self.inputs[0].read, name)
+            return
         takes = context(self.method)
         known = {**self.known, "name": name}
         if "found" in takes:
             known["found"] = self.found if self.found is not None else self._statistics([name])
         collected = self.collected if all(name in one for one in self.collected) else ()
         cut = self.cut and all(one.kind == "fisher" for one in collected)
-        for start, tensors, base in Pieces(self.inputs, self.base, [name], cut).of(name):
-            here: dict[str, Any] = {**known, "start": start}
-            if collected:
-                here["statistics"] = [self._of(one, name, start, tensors[0]) for one in collected]
-            given = {key: value for key, value in here.items() if key in takes}
-            yield MERGE_METHODS[self.method](tensors, base, **self.parameters, **given)
+        known = {key: value for key, value in known.items() if key in takes}
+        pieces = Pieces(self.inputs, self.base, [name], cut)
+        for _, start, stop in pieces.places():
+            yield (partial if cut else Alone)(
+                self._piece, pieces, name, start, stop, known, collected, dtype
+            )
 
-    def _of(self, one: Statistics, name: str, start: int, piece: Tensor) -> Tensor:
-        """What a model's statistics say of a piece."""
-        row = start // max(1, prod(piece.shape[1:]))
-        stop = row + len(piece) if piece.dim() else None
-        return one.read(name, row, stop) / self.unit
+    def _piece(
+        self,
+        pieces: Pieces,
+        name: str,
+        start: int,
+        stop: int | None,
+        known: Mapping[str, Any],
+        collected: Sequence[Statistics],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        tensors, base = pieces.read(name, start, stop)
+        given, takes = dict(known), context(self.method)
+        if "start" in takes:
+            given["start"] = start * prod(self.inputs[0].shape(name)[1:])
+        if collected and "statistics" in takes:
+            given["statistics"] = [one.read(name, start, stop) / self.unit for one in collected]
+        return MERGE_METHODS[self.method](tensors, base, **self.parameters, **given).to(dtype)
 
     def _statistics(self, names: Sequence[str]) -> Any:
         function = STATISTICS[self.method]
         takes = inspect.signature(function).parameters
         given = {key: value for key, value in self.parameters.items() if key in takes}
-        return function(Pieces(self.inputs, self.base, names, cut=True), **given)
+        pieces = Pieces(self.inputs, self.base, names, True, self.threads)
+        return function(pieces, **given)

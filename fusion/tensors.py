@@ -6,7 +6,7 @@ Not a bit depends on the order of the models or the number of threads. Symbols a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cmp_to_key
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,11 @@ def ordering(
 
 def _compare(one: Tensor, two: Tensor) -> int:
     """-1, 0 or 1: lexicographic; reads no further than the first block that differs."""
-    blocks = zip(one.reshape(-1).split(BLOCK), two.reshape(-1).split(BLOCK), strict=True)
-    for a, b in blocks:
+    first, second = one.reshape(-1), two.reshape(-1)
+    a, b = first[:8].tolist(), second[:8].tolist()
+    if a != b:
+        return 1 if a > b else -1
+    for a, b in zip(first.split(BLOCK), second.split(BLOCK), strict=True):
         if not a.equal(b):
             at = int((a != b).nonzero()[0])
             return 1 if a[at] > b[at] else -1
@@ -81,10 +84,38 @@ def fraction(name: str, value: float) -> float:
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ w_i θ_i. A product and a sum, rounded each: fused, the ends of threads would differ."""
+    import torch
+
     out = weights[0] * tensors[0]
+    part = None
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        out += weight * tensor
+        if weight == 1:
+            out += tensor
+        else:
+            part = torch.mul(tensor, weight, out=part)
+            out += part
     return out
+
+
+def each(whole: Whole, work: Callable[..., Any]) -> Iterator[Any]:
+    """work(place of its first element, name, models, base) of each piece, in order.
+
+    Side by side if the pieces know how; else each is a whole tensor.
+    """
+    side_by_side = getattr(whole, "map", None)
+    return side_by_side(work) if side_by_side else (work(0, *part) for part in whole)
+
+
+def inner_products(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """⟨x_i, x_j⟩ of all pairs in float64, in blocks that are the same for any number of threads."""
+    sums: list[list[list[float]]] = [[[] for _ in tensors] for _ in tensors]
+    for parts in zip(*(t.reshape(-1).split(BLOCK) for t in tensors), strict=True):
+        wide = [part.double() for part in parts]
+        for one, first in enumerate(wide):
+            for two in range(one, len(wide)):
+                sums[one][two].append(float((first * wide[two]).sum()))
+    upper = [[math.fsum(cell) for cell in row] for row in sums]
+    return [[upper[min(i, j)][max(i, j)] for j in range(len(upper))] for i in range(len(upper))]
 
 
 def dot(one: Tensor, two: Tensor) -> float:
@@ -93,24 +124,28 @@ def dot(one: Tensor, two: Tensor) -> float:
     return math.fsum(float((a.double() * b.double()).sum()) for a, b in pairs)
 
 
-def largest(values: Tensor, keep: int) -> Tensor:
-    """Mask of the `keep` largest values; of equal ones the first in memory."""
-    flat = values.reshape(-1)
-    if keep >= flat.numel():
-        return values.new_ones(values.shape).bool()
-    threshold = flat.kthvalue(flat.numel() - keep + 1).values
-    mask, equal = flat > threshold, flat == threshold
-    room = keep - int(mask.sum())
-    return (mask | (equal & (equal.cumsum(0) <= room))).reshape(values.shape)
-
-
 def agreeing(
-    parts: Sequence[Tensor], weights: Sequence[float], positive: Tensor
+    parts: Sequence[Tensor], weights: Sequence[float], total: Tensor, zero_is_positive: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the parts that have the elected sign, and of their weights, element by element."""
-    total, surviving = positive.to(parts[0].dtype).zero_(), positive.to(parts[0].dtype).zero_()
+    """Sum of the parts that have the sign of `total`, and of their weights, element by element.
+
+    Parts are turned so that the elected sign is plus: what is then above zero has it.
+    """
+    import torch
+
+    half = 0.5 if zero_is_positive else -0.5
+    sign = total.sign().add_(half).sign_()
+    merged, surviving = torch.zeros_like(total), torch.zeros_like(total)
+    turned = torch.empty_like(total)
     for part, weight in zip(parts, weights, strict=True):
-        agrees = ((part > 0) & positive) | ((part < 0) & ~positive)
-        total += part.where(agrees, 0)
-        surviving += weight * agrees.to(surviving.dtype)
-    return total, surviving
+        merged += torch.mul(part, sign, out=turned).clamp_(min=0)
+        agrees = turned.sign_()
+        surviving += agrees if weight == 1 else agrees.mul_(weight)
+    return merged.mul_(sign), surviving
+
+
+def divided(total: Tensor, weights: Tensor, least: float) -> Tensor:
+    """total / weights in place, and total where the weights are less than `least`, or nothing."""
+    if float(weights.min() if weights.numel() else 0) < 0:
+        return total.div_(weights.masked_fill_(weights.abs() < least, 1))
+    return total.div_(weights.clamp_(min=least))

@@ -29,6 +29,7 @@ from fusion.training import Blocks, collate
 from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
 from harness.bench_ensembles import ensembles
+from harness.bench_merging import merging
 from harness.build import build, device, model_folder
 from harness.parity import parity
 from harness.peers import scoring
@@ -206,6 +207,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "scoring": scoring,
     "parity": parity,
     "ensembles": ensembles,
+    "merging": merging,
 }
 
 

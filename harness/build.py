@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
-from fusion.spec import Fuse
+from fusion.spec import Fuse, Merge
 from harness.costs import Meter, budget, counted, written
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say
@@ -375,9 +375,12 @@ def _statistics(plan: Plan, step: Step) -> dict[str, Any]:
 def _merge(plan: Plan, step: Step) -> dict[str, Any]:
     """Weights of several rows combined."""
     from fusion.checkpoints import merge
+    from fusion.mergekit import PREFIX
 
     section = plan.recipe.variants[step.rows[0]].merge
     assert section
+    if section.method.startswith(PREFIX):
+        return _by_mergekit(plan, step, section)
     return merge(
         [model_folder(plan, row) for row in section.inputs],
         model_folder(plan, section.base) if section.base else None,
@@ -389,6 +392,19 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
         rows=[*section.inputs, *([section.base] if section.base else [])],
         statistics=[plan.steps[i].folder for i in step.content.get("statistics", ())],
     )
+
+
+def _by_mergekit(plan: Plan, step: Step, section: Merge) -> dict[str, Any]:
+    """Weights of several rows combined by mergekit."""
+    from fusion.mergekit import configuration, merge
+
+    given = section.mergekit or configuration(
+        section.method, section.parameters, section.inputs, section.base, section.dtype
+    )
+    rows = [*section.inputs, *([section.base] if section.base else [])]
+    folders = {row: model_folder(plan, row) for row in rows}
+    told = section.model_dump(exclude={"pad", "dtype"} if section.mergekit else {"pad"})
+    return merge(given, folders, step.folder, told, int(section.parameters.get("seed", 0)))
 
 
 STAGES: Mapping[str, Callable[[Plan, Step], dict[str, Any]]] = {

@@ -142,6 +142,9 @@ def methods(raw: Mapping) -> Problems:
             from fusion.merging import MERGE_METHODS, needs_base
             from fusion.merging import parameters as merge_parameters
 
+            if str(section.get("method")).startswith("mergekit:"):
+                yield from _mergekit(at, section)
+                continue
             yield from _method(f"{at}.method", section, "method", MERGE_METHODS, merge_parameters)
             method = section.get("method")
             if method in MERGE_METHODS and needs_base(method) and not section.get("base"):
@@ -234,6 +237,17 @@ def _unfit(path: str, fuse: Mapping) -> Problems:
         )
     if fuse.get("level") == "span" and str(function).endswith("@reference"):
         yield f"{path}.level", "nats a token mean nothing below a document: block or document"
+
+
+def _mergekit(at: str, section: Mapping) -> Problems:
+    """What kfuse does not do for mergekit; its methods and their parameters are its own."""
+    if section.get("pad"):
+        yield f"{at}.pad", "not with mergekit: its configuration has a tokenizer section for that"
+    parameters = _mapping(section, "parameters")
+    if parameters.get("models") is not None and len(_list(parameters, "models")) != len(
+        _list(section, "inputs")
+    ):
+        yield f"{at}.parameters.models", "should be a list of mappings, one for each of the inputs"
 
 
 def _method(

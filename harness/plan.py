@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from fusion.mergekit import made_by
 from fusion.spec import Source, Train
 from harness.assets import PINNED, local_files
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
@@ -31,7 +32,7 @@ VERSIONS = {
     "train": 1,
     "budget": 1,
     "statistics": 1,
-    "merge": 2,
+    "merge": 3,
     "evaluate": 2,
 }
 
@@ -159,6 +160,7 @@ def _variant(out: Plan, name: str) -> None:
             "inputs": [out.identities[i] for i in merge.inputs],
             "base": out.identities[merge.base] if merge.base else None,
             "version": VERSIONS["merge"],
+            **made_by(merge.method),
         }
         collected = [step.identity for step in statistics(out, name, merge)]
         content |= {"statistics": collected} if collected else {}

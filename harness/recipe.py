@@ -20,6 +20,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fusion.errors import RecipeError
+from fusion.mergekit import references as models_of
 from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant, operational
 from harness.checks import (
     budgets,
@@ -161,6 +162,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(raw, override, problems)
     raw = _expand(raw, problems)
+    _read_mergekit(raw, problems)
     recipe = None
     try:
         recipe = Recipe.model_validate(raw)
@@ -236,6 +238,38 @@ def _expand(raw: dict, problems: list[tuple[str, str]]) -> dict:
     return raw | {"variants": rows}
 
 
+def _read_mergekit(raw: dict, problems: list[tuple[str, str]]) -> None:
+    """A merge by a mergekit file gets its content, and the inputs, base and method that it says."""
+    variants = raw.get("variants")
+    if not isinstance(variants, dict):
+        return
+    for name, variant in list(variants.items()):
+        merge = variant.get("merge") if isinstance(variant, dict) else None
+        if not isinstance(merge, dict) or merge.get("mergekit") is None:
+            continue
+        at = f"variants.{name}.merge"
+        for key in ("inputs", "base", "method", "dtype"):
+            if key in merge:
+                problems.append((f"{at}.{key}", "not beside mergekit, whose configuration says it"))
+        for key in [key for key in merge.get("parameters") or () if key != "seed"]:
+            problems.append((f"{at}.parameters.{key}", "belongs into the mergekit configuration"))
+        given = merge["mergekit"]
+        if isinstance(given, str):
+            try:
+                given = yaml.load(Path(given).expanduser().read_text(), Loader=_Loader)
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                problems.append((f"{at}.mergekit", f"{given}: cannot be read: {error}"))
+                given = {}
+        given = given if isinstance(given, dict) else {}
+        method, rows, base = given.get("merge_method"), models_of(given), given.get("base_model")
+        if not isinstance(method, str) or not rows:
+            what = "should be a mergekit configuration: merge_method, and models or slices"
+            problems.append((f"{at}.mergekit", what))
+        merge = merge | {"mergekit": given, "base": base, "method": f"mergekit:{method}"}
+        merge["inputs"] = [row for row in rows if row != base] or rows
+        variants[name] = variant | {"merge": merge}
+
+
 def _keys(model: Any) -> list[str]:
     return list(model.model_fields)
 
@@ -295,6 +329,10 @@ def schema() -> dict[str, Any]:
     fuse = out["$defs"]["Fuse"]
     fuse["required"].remove("function")
     published = {"properties": {"fidelity": {"const": "reference"}}, "required": ["fidelity"]}
+    merge = out["$defs"]["Merge"]
+    merge["required"] = []
+    merge["anyOf"] = [{"required": ["inputs", "method"]}, {"required": ["mergekit"]}]
+    merge["properties"]["mergekit"] |= {"anyOf": [{"type": "string"}, {"type": "object"}]}
     fuse["anyOf"] = [{"required": ["function"]}, published]
     return out | {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -204,3 +204,43 @@ def test_a_budget_names_another_trained_row(old: str, new: str, expected: str) -
     assert parse(EQUAL, "r.yaml").variants["equal"].train
     assert old in EQUAL
     assert re.search(expected, problems(EQUAL.replace(old, new)))
+
+
+def test_a_mergekit_file_says_inputs_base_and_method(tmp_path: Path) -> None:
+    file = tmp_path / "ties.yml"
+    models = [{"model": row, "parameters": {"weight": 1.0}} for row in ("clm", "fused")]
+    content = {"merge_method": "ties", "base_model": "a", "models": models, "dtype": "float32"}
+    file.write_text(yaml.safe_dump(content))
+    text = GOOD
+    recipe = parse(text, "r.yaml", [f"variants.merged.merge={{mergekit: {file}}}"])
+    merge = recipe.variants["merged"].merge
+    assert merge
+    assert (merge.inputs, merge.base, merge.method) == (["clm", "fused"], "a", "mergekit:ties")
+    assert merge.mergekit == content
+    jsonschema.validate({"variants": {"m": {"merge": {"mergekit": "x.yml"}}}}, schema() | {
+        "required": []})  # fmt: skip
+    # Its models are rows; a key that the file says, or none in it, is a mistake.
+    file.write_text(yaml.safe_dump(content | {"base_model": "org/model"}))
+    wrong = [f"variants.merged.merge={{mergekit: {file}, method: linear, parameters: {{t: 1}}}}"]
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "r.yaml", wrong)
+    assert "'org/model' is no row here" in str(caught.value)
+    assert "merge.method  " in str(caught.value)
+    assert "whose configuration says it" in str(caught.value)
+    assert "merge.parameters.t" in str(caught.value)
+    for damage in ("merge_method: [", "- a", "", "merge_method: ties"):
+        file.write_text(damage)
+        with pytest.raises(RecipeError, match=r"variants\.merged\.merge\.mergekit"):
+            parse(text, "r.yaml", [f"variants.merged.merge={{mergekit: {file}}}"])
+    with pytest.raises(RecipeError, match="absent.yml: cannot be read"):
+        parse(text, "r.yaml", ["variants.merged.merge={mergekit: absent.yml}"])
+
+
+def test_parameters_of_a_mergekit_method_are_its_own() -> None:
+    merge = "{inputs: [a, b], base: a, method: 'mergekit:della', parameters: {epsilon: 0.1}}"
+    assert parse(GOOD, "r.yaml", [f"variants.merged.merge={merge}"]).variants["merged"].merge
+    padded = merge.replace("parameters: {", "pad: trim, parameters: {models: [{}], ")
+    with pytest.raises(RecipeError) as caught:
+        parse(GOOD, "r.yaml", [f"variants.merged.merge={padded}"])
+    assert "its configuration has a tokenizer section" in str(caught.value)
+    assert "one for each of the inputs" in str(caught.value)

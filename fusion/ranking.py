@@ -1,0 +1,162 @@
+"""The largest of many numbers that come in pieces: which one is the smallest that is kept, exactly.
+
+A sample tells between which two numbers it must lie. One pass over the pieces counts what is above
+and keeps what is between, a few in a hundred, among which it is found. The sample decides how much
+memory that takes, never the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fusion.tensors import each
+
+if TYPE_CHECKING:  # a recipe is checked against signatures without waiting for torch
+    from torch import Tensor
+
+    from fusion.tensors import Whole
+
+# Of the models' tensors and the base, one or more tensors of numbers ≥ 0 to rank, each by itself.
+Values = Callable[[Sequence["Tensor"], Any], Sequence["Tensor"]]
+Keep = Callable[[int, int], int]  # how many are kept, of so many, so many of them above zero
+SAMPLE = 1 << 14, 1 << 20  # numbers in a sample: at least, at most
+
+
+class Least(NamedTuple):
+    """The smallest number kept, and, where not all that equal it are, how many more at a piece."""
+
+    value: float
+    room: Mapping[int, int] | None = None  # by the place of the piece's first element
+
+    def mask(self, values: Tensor, start: int = 0) -> Tensor:
+        """Which of a piece's numbers are kept: of equal ones the first in memory."""
+        if self.room is None:
+            return values >= self.value
+        equal = (values == self.value).reshape(-1)
+        first = (equal.cumsum(0) <= self.room[start]).logical_and_(equal)
+        return (values > self.value).logical_or_(first.reshape(values.shape))
+
+    def kept(self, changes: Tensor, start: int = 0) -> Tensor:
+        """Changes whose magnitudes are kept, others 0."""
+        if self.value <= 0:
+            return changes
+        if self.room is not None:
+            return changes.mul_(self.mask(changes.abs(), start))
+        import torch
+
+        real = np.float64 if changes.element_size() == 8 else np.float32
+        return torch.nn.functional.hardshrink(
+            changes, float(np.nextafter(real(self.value), real(0)))
+        )
+
+
+def least_kept(whole: Whole, values: Values, keep: Keep, together: bool = False) -> list[Least]:
+    """The smallest kept number of each of the values' tensors.
+
+    Of equal ones the first are kept, for which the pieces must be of one tensor, unless `together`.
+    """
+    for spread in (4, 32, math.inf):
+        brackets = _brackets(whole, values, keep, spread)
+        counted = list(each(whole, lambda *piece: _counted(values, brackets, *piece)))  # noqa: B023
+        columns = range(len(counted[0])) if counted else ()
+        found = [_located([piece[c] for piece in counted], keep, together) for c in columns]
+        if None not in found:
+            return [one for one in found if one is not None]
+    raise AssertionError("no bracket holds the smallest kept number")
+
+
+def _brackets(
+    whole: Whole, values: Values, keep: Keep, spread: float
+) -> list[tuple[float, float]] | None:
+    """Two numbers a tensor of values, by a sample; None if that would be nearly everything."""
+    sample = getattr(whole, "sample", None)
+    size = getattr(whole, "size", 0)
+    most = min(max(size >> 5, SAMPLE[0]), SAMPLE[1])
+    if sample is None or size <= 4 * most or spread == math.inf:
+        return None
+    parts = [values(models, base) for _, models, base in sample(most)]
+    out = []
+    for column in zip(*parts, strict=True):
+        flat = np.concatenate([part.reshape(-1).numpy() for part in column])
+        place = keep(flat.size, int(np.count_nonzero(flat)))  # from the top, from 1 on
+        aside = math.ceil(spread * math.sqrt(flat.size))
+        low, high = flat.size - place - aside, flat.size - place + aside
+        flat.partition([max(0, low), min(high, flat.size - 1)])
+        least = float(flat[low]) if low >= 0 else -1.0
+        out.append((least, float(flat[high]) if high < flat.size else math.inf))
+    return out
+
+
+class _Count(NamedTuple):
+    """Of one piece of one tensor of values."""
+
+    start: int
+    size: int
+    positive: int
+    above: int  # the bracket
+    bracket: tuple[float, float]
+    at_ends: tuple[int, int]
+    inside: np.ndarray
+
+
+def _counted(
+    values: Values,
+    brackets: Sequence[tuple[float, float]] | None,
+    start: int,
+    _: str,
+    models: Sequence[Tensor],
+    base: Any,
+) -> list[_Count]:
+    out = []
+    for place, value in enumerate(values(models, base)):
+        low, high = bracket = brackets[place] if brackets else (-1.0, math.inf)
+        flat = held = value.reshape(-1).numpy()
+        above, at = 0, (0, 0)
+        if brackets:
+            above = int(np.count_nonzero(flat > high))
+            held = flat[np.flatnonzero((flat >= low) & (flat <= high))]
+            at = int(np.count_nonzero(held == low)), int(np.count_nonzero(held == high))
+            if any(at):
+                held = held[(held > low) & (held < high)]
+        positive = int(np.count_nonzero(flat > 0))
+        out.append(_Count(start, flat.size, positive, above, bracket, at, held))
+    return out
+
+
+def _located(pieces: Sequence[_Count], keep: Keep, together: bool) -> Least | None:
+    """The smallest kept number; None if it is not in the bracket."""
+    size, positive = sum(p.size for p in pieces), sum(p.positive for p in pieces)
+    wanted = keep(size, positive)
+    if not size or (wanted >= size and not together):
+        return Least(0.0)
+    if wanted < 1:
+        return Least(math.inf)
+    left = wanted - sum(p.above for p in pieces)
+    if left < 1:
+        return None
+    low, high = pieces[0].bracket
+    equal = [p.at_ends[1] for p in pieces]
+    value = high
+    if left > sum(equal):
+        left -= sum(equal)
+        inside = np.concatenate([p.inside for p in pieces])
+        if left <= inside.size:
+            value = float(np.partition(inside, inside.size - left)[inside.size - left])
+            left -= int(np.count_nonzero(inside > value))
+            equal = [int(np.count_nonzero(p.inside == value)) for p in pieces]
+        else:
+            left -= inside.size
+            value, equal = low, [p.at_ends[0] for p in pieces]
+            if left > sum(equal):
+                return None
+    if together or left == sum(equal):
+        return Least(value)
+    room = {}
+    for piece, count in zip(pieces, equal, strict=True):
+        room[piece.start] = left
+        left = max(0, left - count)
+    return Least(value, room)

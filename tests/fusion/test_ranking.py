@@ -1,0 +1,73 @@
+"""The smallest kept number, against sorting: ties, samples that mislead, pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusion import ranking
+from fusion.ranking import least_kept
+
+
+class Rows:
+    """One tensor of numbers in pieces of eight, whose sample is what one says it is."""
+
+    def __init__(self, numbers: Tensor, sample: Tensor) -> None:
+        self.numbers, self.told, self.size = numbers, sample, numbers.numel()
+
+    def __iter__(self) -> Iterator[tuple[str, list[Tensor], None]]:
+        for piece in self.numbers.split(8):
+            yield "x", [piece], None
+
+    def map(self, work: Callable[..., Any]) -> Iterator[Any]:
+        for number, piece in enumerate(self.numbers.split(8)):
+            yield work(8 * number, "x", [piece], None)
+
+    def sample(self, _: int) -> list[tuple[str, list[Tensor], None]]:
+        return [("x", [self.told], None)]
+
+
+def values(models: Any, _: Any) -> list[Tensor]:
+    return [models[0]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(20, 300),
+    share=st.floats(0.01, 1),
+    steps=st.sampled_from([2, 5, 10**6]),
+    sample=st.sampled_from(["honest", "low", "high", "all"]),
+)
+def test_what_is_kept_is_what_sorting_keeps(
+    seed: int, count: int, share: float, steps: int, sample: str
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, steps, (count,), generator=g) / steps
+    told = {"honest": numbers[::3], "low": numbers * 0 + 0.01, "high": numbers * 0 + 2,
+            "all": numbers}[sample]  # fmt: skip
+    keep = max(1, int(share * count))
+    before = ranking.SAMPLE
+    ranking.SAMPLE = (1, 4)
+    try:
+        (least,) = least_kept(Rows(numbers, told), values, lambda n, _: max(1, int(share * n)))
+    finally:
+        ranking.SAMPLE = before
+    masks = [least.mask(piece, 8 * at) for at, piece in enumerate(numbers.split(8))]
+    first = sorted(range(count), key=lambda i: (-float(numbers[i]), i))[:keep]
+    assert torch.cat(masks).nonzero().reshape(-1).tolist() == sorted(first)
+    kept = [least.kept(piece.clone(), 8 * at) for at, piece in enumerate(numbers.split(8))]
+    assert torch.equal(torch.cat(kept), numbers * torch.cat(masks))
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_nothing_and_everything(keep: int) -> None:
+    numbers = torch.tensor([1.0, 0.0, 2.0])
+    (least,) = least_kept([("x", [numbers], None)], values, lambda *_: keep)
+    assert least.mask(numbers).tolist() == [bool(keep)] * 3
