@@ -128,6 +128,8 @@ SAME_WEIGHTS = {
     "ties@mergekit": "given, where the sign agrees",
     "model_stock": "of the angle alone, one for all models",
     "widen": "of ranks among the columns of the same model",
+    "fisher": "of its information",
+    "regmean": "of its inputs",
 }
 
 

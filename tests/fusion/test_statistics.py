@@ -190,10 +190,16 @@ def test_merged_folders_hold_what_the_formulas_give(
             torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8)
             differs = not torch.allclose(tensor, (one[name] + two[name]) / 2, rtol=0, atol=1e-5)
             assert differs == (name in held[0])
-    # Neither the order of the models nor the layout of what is written changes a byte.
-    merge(
-        pair[::-1], None, tmp_path / "b", method, {}, statistics=folders[::-1], shard_bytes=50_000
-    )
+    # Neither the order of the models, nor threads, nor the layout of what is written changes a byte.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 2)
+    try:
+        merge(
+            pair[::-1], None, tmp_path / "b", method, {}, statistics=folders[::-1],
+            shard_bytes=50_000,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
     shards = sorted((tmp_path / "b").glob("model-*.safetensors"))
     assert len(shards) > 1
     parts = {k: v for shard in shards for k, v in load_file(shard).items()}

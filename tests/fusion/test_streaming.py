@@ -14,10 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fusion import checkpoints, streaming
 from fusion.checkpoints import merge
 from fusion.errors import RunError
-from fusion.merging import MERGE_METHODS, needs_base, parameters
+from fusion.merging import COLLECTED, MERGE_METHODS, needs_base, parameters
 
 OPTIONS = {"density": 0.4, "select_topk": 0.3}  # so that something is trimmed and drawn
 ORDERED = {"slerp"}  # t belongs to the second model, so the order of the two is part of the method
+
+# Those that take statistics of their models are held in test_statistics.py.
+WITHOUT = [method for method in MERGE_METHODS if method not in COLLECTED]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def merged(
     return {p.name: p.read_bytes() for p in out.iterdir() if p.suffix in (".safetensors", ".json")}
 
 
-@pytest.mark.parametrize("method", MERGE_METHODS)
+@pytest.mark.parametrize("method", WITHOUT)
 def test_threads_shards_and_order_do_not_change_a_byte(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -83,7 +86,7 @@ def test_folders_equal_to_the_base_merge_to_the_base(
         torch.testing.assert_close(found[name], tensor, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("method", MERGE_METHODS)
+@pytest.mark.parametrize("method", WITHOUT)
 def test_no_method_holds_more_than_pieces(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -144,7 +147,7 @@ def test_a_number_without_rows_merges_too(models: Path, tmp_path: Path) -> None:
         (folders[-1] / "config.json").write_text(config)
         tensors = {"scale": torch.tensor(1.0 + number), "none": torch.zeros(0, 3)}
         save_file(tensors, folders[-1] / "model.safetensors")
-    for method in MERGE_METHODS:
+    for method in WITHOUT:
         base = folders[0] if needs_base(method) else None
         merge(folders, base, tmp_path / "out", method, {})
         found = load_file(tmp_path / "out" / "model.safetensors")
