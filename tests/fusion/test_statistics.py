@@ -190,7 +190,7 @@ def test_merged_folders_hold_what_the_formulas_give(
             torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8)
             differs = not torch.allclose(tensor, (one[name] + two[name]) / 2, rtol=0, atol=1e-5)
             assert differs == (name in held[0])
-    # Neither the order of the models, nor threads, nor the layout of what is written changes a byte.
+    # Neither the order of the models, nor threads, nor the layout of files changes a byte.
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 2)
     try:
