@@ -36,6 +36,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 
 from fusion.tokens import token_bytes, tokenize
 from harness.branches import Branches, Predictions
@@ -206,6 +207,7 @@ class Covering:
         end has its stems. A row of zeros: the member is silent there.
         """
         count = len(self.tree.tokens)
+        order = torch.tensor(self.vocabulary.order, device=self.member.model.device)
         reached = np.zeros(count)  # log-probability of each stem after the root
         sums = [np.zeros((len(s.text) - self.start + 1, END + 1)) for s in self.stems]
         scales = [np.full(len(found), -np.inf) for found in sums]
@@ -217,7 +219,7 @@ class Covering:
                 if parent in nodes:
                     own = float(rows[parent - begin, self.tree.tokens[child]])
                     reached[child] = reached[parent] + own
-            p = rows[:, self.vocabulary.order].exp().cpu().numpy().astype(np.float64)
+            p = rows.index_select(1, order.to(rows.device)).exp().cpu().numpy().astype(np.float64)
             end = rows[:, self.member.eot_token_id].exp().cpu().numpy().astype(np.float64)
             for stems, found, scale in zip(self.stems, sums, scales, strict=True):
                 for node in nodes:

@@ -56,10 +56,9 @@ class EnsembleLM(LM):
         self.mixing = self.weigh.mixing
         self.level = self.mixing.scoring
         self.notes = list(dict.fromkeys(note for member in self.members for note in member.notes))
-        tokenizers = {fingerprint(self.members[j].tokenizer) for j in self.weigh.alive}
-        if self.level == "byte" and len(tokenizers) == 1:
+        if self.level == "byte" and self._one_tokenizer():
             self.level = "token"
-            if len(self.weigh.alive) > 1:
+            if not self.alone:
                 self.notes.append("members of one tokenizer were mixed by token, not by byte")
         self.engine = {"mixing": str(self.mixing)}
         for number, member in enumerate(self.members, 1):
@@ -79,6 +78,10 @@ class EnsembleLM(LM):
     def vocabularies(self) -> Vocabularies:
         """What the further members predict, in the first one's vocabulary."""
         return Vocabularies(self.members, self.maps, self.mixing.what)
+
+    def _one_tokenizer(self) -> bool:
+        alive = {id(m): m for m in (self.members[j] for j in self.weigh.alive)}
+        return len(alive) == 1 or len({fingerprint(m.tokenizer) for m in alive.values()}) == 1
 
     @property
     def alone(self) -> SharedPrefixLM | None:

@@ -185,7 +185,7 @@ def _variant(out: Plan, name: str) -> None:
         out.identities[name], out.folders[name] = identity({"ensemble": content}), None
         for member in ensemble.members[1:]:
             _map_step(out, name, member, ensemble.members[0], "prefix")
-        out.summaries[name] = f"{ensemble.rule} ensemble of {', '.join(ensemble.members)}, {mixed}"
+        out.summaries[name] = f"{ensemble.rule} ensemble of {', '.join(ensemble.members)}; {mixed}"
 
 
 def _train(out: Plan, name: str, train: Train) -> None:

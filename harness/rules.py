@@ -21,7 +21,7 @@ from fusion.errors import RecipeError, RunError
 
 Level = Literal["sequence", "chunk", "token", "byte"]
 WORDS = {
-    "sequence": "whole",
+    "sequence": "by sequence",
     "chunk": "by chunk between common token ends",
     "token": "by token of the first member's vocabulary",
     "byte": "by byte",
