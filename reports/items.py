@@ -24,7 +24,7 @@ from reports.untrusted import plain, script_json
 
 BUDGET = 900_000  # bytes of all suites together
 PROMPT, ANSWER = 2_400, 800  # longest texts shown
-OPENED = 1_200  # parts of samples that a page opens; a part takes about a millisecond
+OPENED = 600  # parts of samples that a page opens; a part takes about a millisecond
 TURNS = 400  # items that a pair of rows may bring
 CHECKED = 150  # parts up to which each is held to its seal, which takes ten
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 SAMPLE_KEY = ["task", "doc_id"]
 SCORE_KEY = ["task", "doc_id", "metric"]
@@ -122,8 +123,8 @@ def read_pack(
     for name in names:
         path = run.folder / name
         if path.is_file():
-            for record in _read(path, SAMPLE_KEY, sealed).to_dict("records"):
-                out[record["task"], record["doc_id"]] = {str(k): v for k, v in record.items()}
+            for record in _table(path, SAMPLE_KEY, sealed).to_pylist():
+                out[record["task"], record["doc_id"]] = record
     return out
 
 
@@ -206,6 +207,10 @@ def read_training_log(path: Path) -> dict[str, tuple[float, ...]]:
 
 
 def _read(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False) -> pd.DataFrame:
+    return _table(path, columns, sealed).to_pandas()
+
+
+def _table(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False) -> pa.Table:
     """A Parquet file with these columns; sealed: where it carries a seal, that must be whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -230,7 +235,7 @@ def _read(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = False
             raise ValueError(
                 f"{path}: {error}; evaluate again (`kfuse run`): only what is damaged is measured"
             ) from error
-    return table.to_pandas()
+    return table
 
 
 def _no_duplicates(path: Path, frame: pd.DataFrame, key: list[str]) -> None:
