@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # whatever else is the same in all models, or refused
 _HEADS = ("lm_head.weight", "embed_out.weight")
+# Of a configuration: what gives the same tensors another meaning, and what is judged elsewhere.
+_MEANING = "model_type num_attention_heads num_key_value_heads head_dim hidden_act"
+_MEANING += " hidden_activation"
+_ELSEWHERE = "dtype torch_dtype transformers_version _name_or_path vocab_size use_cache"
+_ELSEWHERE += " architectures tie_word_embeddings bos_token_id eos_token_id pad_token_id"
 
 
 def pad_vocabulary(named: Mapping[str, Checkpoint], pad: str) -> dict[str, int]:
@@ -76,8 +81,30 @@ def _tokenizers(named: Mapping[str, Checkpoint]) -> Iterator[tuple[str, str]]:
             )
 
 
+def _configurations(named: Mapping[str, Checkpoint]) -> Iterator[tuple[str, bool]]:
+    """What other configurations say otherwise than the first, where; and whether that hinders."""
+    (first, origin), *others = named.items()
+    own = _configuration(origin.folder)
+    for other, checkpoint in others:
+        theirs = _configuration(checkpoint.folder)
+        for key in sorted(own.keys() & theirs.keys() - set(_ELSEWHERE.split())):
+            if own[key] != theirs[key]:
+                line = f"config.json: {key} is {own[key]} in {first} but {theirs[key]} in {other}"
+                yield line, key in _MEANING.split()
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        what = f"{folder / 'config.json'}: is not JSON ({error}); fetch it again"
+        raise RunError(what) from error
+
+
 def differences(named: Mapping[str, Checkpoint]) -> list[str]:
-    """What differs and does not hinder: the stored type, and the chat template."""
+    """What differs and does not hinder: stored type, chat template, further configuration."""
     (first, origin), *others = named.items()
     notes = []
     types = {name: _type(checkpoint) for name, checkpoint in named.items()}
@@ -89,6 +116,8 @@ def differences(named: Mapping[str, Checkpoint]) -> list[str]:
         if (theirs := chat_template(checkpoint.folder)) != template:
             how = "has none" if theirs is None else "is another"
             notes.append(f"chat template: that of {first} is kept; {name} {how}")
+    said = _configurations(named)
+    notes += [f"{line}; the first is kept" for line, hinders in said if not hinders]
     return notes
 
 
@@ -108,7 +137,9 @@ def chat_template(folder: Path) -> str | None:
 
 
 def refuse_mismatches(named: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> None:
-    if found := [*_heads(named, config), *_tokenizers(named), *mismatches(named)]:
+    family = "merge models of one architecture and size, trained from one base"
+    meant = [(line, family) for line, hinders in _configurations(named) if hinders]
+    if found := [*_heads(named, config), *_tokenizers(named), *meant, *mismatches(named)]:
         what = f"{', '.join(named)} cannot be merged tensor by tensor:"
         remedies = "; ".join(dict.fromkeys(remedy for _, remedy in found))
         raise RunError("\n  ".join([what, *(line for line, _ in found)]) + f"\n{remedies}")

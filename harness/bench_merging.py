@@ -162,7 +162,7 @@ def _models(root: Path) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     g = torch.Generator().manual_seed(1)
     for number in range(COUNT):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fusion.checkpoints import merge
@@ -26,7 +26,8 @@ def make(tmp_path: Path) -> Make:
     def write(name: str, seed: int, rows: int, tokens: list[str], **changes: Any) -> Path:
         torch.manual_seed(seed)
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-        config = LlamaConfig(**sizes, num_attention_heads=2, vocab_size=rows, **changes)
+        sizes |= {"num_attention_heads": 2, "vocab_size": rows}
+        config = LlamaConfig(**(sizes | changes))
         LlamaForCausalLM(config).save_pretrained(tmp_path / name)
         vocabulary = {token: place for place, token in enumerate(tokens)}
         content = json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []})
@@ -100,3 +101,55 @@ def test_a_merged_folder_says_what_it_is(make: Make, tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert "dare_linear merge of first, second" in card
     assert facts["notes"][1] in card
+
+
+def test_a_configuration_that_gives_equal_shapes_another_meaning_is_refused(
+    make: Make, tmp_path: Path
+) -> None:
+    one, two = make("one", 1, 6, ["a"]), make("two", 2, 6, ["a"])
+    path = two / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"max_position_embeddings": 99}))
+    facts = merge([one, two], None, tmp_path / "out", "linear", {})
+    assert facts["notes"] == [
+        "config.json: max_position_embeddings is 2048 in one but 99 in two; the first is kept"
+    ]
+    path.write_text(json.dumps(content | {"num_attention_heads": 4}))
+    with pytest.raises(RunError, match="num_attention_heads is 2 in one but 4 in two"):
+        merge([one, two], None, tmp_path / "other", "linear", {})
+    path.write_text("{")
+    with pytest.raises(RunError, match=r"two/config\.json: is not JSON"):
+        merge([one, two], None, tmp_path / "other", "linear", {})
+    assert not (tmp_path / "other").exists()
+
+
+def test_everything_that_differs_is_in_one_message_with_what_to_do(
+    make: Make, tmp_path: Path
+) -> None:
+    one = make("one", 1, 6, ["a", "b"], tie_word_embeddings=True)
+    two = make("two", 2, 8, ["b", "a"], intermediate_size=32, num_key_value_heads=1)
+    path = two / "model.safetensors"
+    counts = {"counts": torch.arange(3)}
+    save_file(weights(two) | counts, path, metadata={"format": "pt"})
+    save_file(
+        weights(one) | {"counts": counts["counts"] + 1},
+        one / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(RunError) as raised:
+        merge([one, two], None, tmp_path / "out", "linear", {})
+    text = str(raised.value)
+    for said in (
+        "model.embed_tokens.weight is (6, 16) in one but (8, 16) in two",  # vocabulary
+        "mlp.up_proj.weight is (24, 16) in one but (32, 16) in two",  # shapes
+        "lm_head.weight is a tensor of its own in two but the embedding in one",  # tied heads
+        "counts holds I64 that differ",  # types
+        "tokenizer.json: 'a' is 0 in one but 1 in two",  # tokenizers
+        "num_key_value_heads is 2 in one but 1 in two",
+        "set pad: trim",
+        "untie it in all",
+        "merge models of one tokenizer",
+        "merge models of one architecture and size",
+        "undo quantization",
+    ):
+        assert said in text, said
