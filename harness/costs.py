@@ -7,7 +7,6 @@ compute nothing to speak of; a merge's arithmetic is a few operations an element
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -60,8 +59,8 @@ class Meter:
 
 
 def _cpu_seconds() -> float:
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(spent.ru_utime + spent.ru_stime for spent in both)
 
 
 def _forget_peak() -> None:

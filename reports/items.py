@@ -50,12 +50,17 @@ def items(report: Report) -> Panel | None:
         return None
     texts = Texts()
     parts = OPENED // sum(len(suite.runs) for suite in suites)
-    listed = []
+    listed: list[dict[str, Any]] = []
+    damaged: list[str] = []
     for suite in suites:
         counts = _counts(suite)
         budget = BUDGET // len(suites)
         some = (counts > 0).any()
-        shown = list(_shown(report, suite, max(1, parts), budget, texts)) if some else []
+        shown: list[dict[str, Any]] = []
+        try:
+            shown = list(_shown(report, suite, max(1, parts), budget, texts)) if some else []
+        except (ValueError, FileNotFoundError) as error:  # damaged since it was measured
+            damaged.append(f"Not shown: {suite.column.name}: {error}.")
         listed.append(
             {
                 "name": plain(suite.column.name, 200),
@@ -70,10 +75,11 @@ def items(report: Report) -> Panel | None:
     text = (
         "Questions on which two rows have another score, a sample of them. Long texts are cut in "
         "the middle; kfuse compare lists all items.",
+        *damaged,
     )
     listed = [entry for entry in listed if entry["items"]]
     if not listed:
-        return None
+        return Panel("Items where rows differ", tuple(damaged)) if damaged else None
     data = {"suites": listed, "texts": texts.listed}
     return Panel("Items where rows differ", text, data=data)
 

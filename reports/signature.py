@@ -44,8 +44,6 @@ def signature(manifest: Mapping[str, Any], n: int, n_total: int, task: str | Non
     parts["dtype"] = str(manifest.get("dtype"))
     parts["engine"] = _engine(manifest.get("engine") or {})
     parts["lm_eval"] = str(manifest.get("lm_eval"))
-    if engine(manifest) != "kfuse":
-        parts["engine"] = engine(manifest)
     if manifest.get("mixing"):
         parts["mixing"] = str(manifest["mixing"])
     parts["model"] = f"{manifest['row']}@{str(manifest['model_identity'])[:8]}"

@@ -55,8 +55,8 @@ def test_lm_evals_hf_comes_to_our_scores_and_is_not_compared_with_them(
     (ours, mine), (theirs, other) = found["kfuse"], found["hf"]
     assert ours.folder != theirs.folder
     pd.testing.assert_series_equal(scores(ours), scores(theirs))
-    assert "|engine:" not in signature(mine, 1, 1)
-    assert "|engine:hf|" in signature(other, 1, 1)
+    assert "|engine:kfuse," in signature(mine, 1, 1)
+    assert "|engine:hf," in signature(other, 1, 1)
     assert differences(other, mine) == ["engine is hf, in the reference kfuse"]
     assert differences(other, other) == []
     assert other["notes"] == ["scored by lm-eval's hf, as the recipe asks"]
