@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,14 +80,18 @@ def test_domains_stand_beside_the_papers_and_are_not_compared(report: Report) ->
     assert found[paper] == (["row", "Phil", "average"], [["Pythia", "0.9008", "0.7275"]])
 
 
-def test_a_terminal_shows_them_as_they_are(report: Report) -> None:
+def test_a_terminal_shows_a_papers_domains_and_leaves_lines_to_files(report: Report) -> None:
     from rich.console import Console
+
+    assert terminal(report) == []
+    paper = {"source": "A paper", "unlike": "other [text]", "columns": ["Phil"], "rows": {"x": [1]}}
+    report = replace(report, domains=paper)
 
     console = Console(width=200, record=True)
     with console.capture() as shown:
         console.print(*terminal(report))
-    for text in (ROW, "25.0 % [10.0, 50.0] (a: 3 of 12)", "not measured: no records of b"):
-        assert text in shown.get()
+    assert "A paper, as printed: not comparable (other [text])" in shown.get()
+    assert "25.0 % [10.0, 50.0]" not in shown.get()
 
 
 def test_csv_has_fractions_and_empty_fields(report: Report) -> None:
