@@ -141,14 +141,17 @@ class Report:
         """The cell of a row and a suite."""
         return self.cells[row, suite]
 
-    def measured(self, row: str, suite: str) -> list[TaskScore]:
-        """The tasks of a suite that a row was measured on, also where each has its own cell."""
+    def parts(self, row: str, suite: str) -> list[Cell]:
+        """A row's cell of a suite, or those of its tasks if it takes no average."""
         return [
-            task
+            cell
             for cell in self.cells.values()
             if cell.row == row and (cell.suite == suite or cell.suite.startswith(f"{suite}/"))
-            for task in cell.tasks
         ]
+
+    def measured(self, row: str, suite: str) -> list[TaskScore]:
+        """The tasks of a suite that a row was measured on, also where each has its own cell."""
+        return [task for cell in self.parts(row, suite) for task in cell.tasks]
 
     @property
     def gaps(self) -> list[Cell]:

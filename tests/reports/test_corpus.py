@@ -25,6 +25,7 @@ from reports.gate import default, judge
 from reports.leaderboard import boards, find_runs
 from reports.records import Run, apart, read_primary
 from reports.table import read
+from reports.trust_panels import published
 
 WORDS = ("der", "alte", "Hund", "lief", "schnell", "nach", "Hause", ".")
 WORD = st.sampled_from(WORDS)
@@ -188,6 +189,30 @@ def test_a_suite_without_an_average_is_reported_task_by_task(index: Path) -> Non
     assert "gen/MT (%, higher is better)" in text
     assert "average" not in text.lower()
     assert "gen/MT" in comma_separated(report)
+
+
+def test_published_numbers_stand_beside_the_task_that_has_them(index: Path) -> None:
+    content = json.loads(index.read_text())
+    (entry,) = content["published"]
+    entry["values"] |= {"gone": 0.2}
+    content["published"] = [entry, entry | {"row": "new", "values": {"m": 0.265}}]
+    content["published"] += [entry | {"row": "gone", "values": {"m": 0.1}}]
+    index.write_text(json.dumps(content))
+    report = read(index)
+    panel = published(report)
+    assert panel
+    scores, gains = panel.tables
+    shown = [[value.text for value in line] for line in scores.rows]
+    cell = report.cell("base", "gen/MT")
+    assert [line[:3] for line in shown][0] == ["base", "gen", "MT"]
+    assert shown[0][4] == f"{100 * (cell.score or 0):.2f}"
+    assert scores.rows[0][4].signature == cell.tasks[0].signature
+    assert [line[4] for line in shown if line[2] in ("gone", "m")] == ["–", "–"]
+    (line,) = gains.rows
+    gain = report.cell("new", "gen/MT").gain
+    assert gain
+    assert [value.text for value in line[:3]] == ["new", "gen, MT", "+20.00"]
+    assert line[3].order == gain.value
 
 
 def test_rows_are_compared_gated_and_ranked_task_by_task(index: Path) -> None:
