@@ -116,6 +116,12 @@ class Column:
     title: str
     higher_is_better: bool
     unit: str  # "%" for fractions, "" for bits per byte
+    task_of: str = ""  # the suite that was measured, where this is a task of one without an average
+
+    @property
+    def whole(self) -> str:
+        """The name of the suite as it was measured."""
+        return self.task_of or self.name
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ def _alone(suite: dict[str, Any]) -> list[dict[str, Any]]:
         return [suite]
     return [
         suite
-        | {"name": apart_name(suite["name"], task), "tasks": [task]}
+        | {"name": apart_name(suite["name"], task), "tasks": [task], "task_of": suite["name"]}
         | {"title": f"{suite['title']}: {task.get('title', task['task'])}"}
         for task in suite["tasks"]
     ]
@@ -221,7 +227,8 @@ def _column(suite: dict[str, Any]) -> Column:
     tasks = suite["tasks"]
     higher = all(task["higher_is_better"] for task in tasks)
     bits = bool(tasks) and all(task["metric"] == "bits_per_byte" for task in tasks)
-    return Column(suite["name"], suite["title"], higher, "" if bits else "%")
+    unit = "" if bits else "%"
+    return Column(suite["name"], suite["title"], higher, unit, suite.get("task_of", ""))
 
 
 def _generator(*names: str) -> Any:

@@ -261,6 +261,23 @@ def test_items_are_those_that_differ_and_counted_whole(
         assert data["texts"][item["gold"]] == '"yes"'
 
 
+def test_items_of_a_suite_without_an_average_are_those_of_each_task(tmp_path: Path) -> None:
+    path = made_up(tmp_path, ["base", "one"], {"gen": (2, "exact_match", True)}, items=30)
+    content = json.loads(path.read_text())
+    content["suites"][0]["rule"] = "apart"
+    path.write_text(json.dumps(content))
+    for manifest in tmp_path.glob("evaluations/*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"rule": "apart"}))
+    data = panels(read(path))["items"].data
+    assert [suite["name"] for suite in data["suites"]] == ["gen/gen_0", "gen/gen_1"]
+    for suite in data["suites"]:
+        assert {item["task"] for item in suite["items"]} == {suite["name"].removeprefix("gen/")}
+        assert suite["differ"][0][1] == len(suite["items"])
+        for item in suite["items"]:
+            assert all(data["texts"][place].startswith("Question ") for place in item["asked"])
+            assert -1 not in item["asked"]
+
+
 def test_items_keep_to_their_budget(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {}
     for budget in (40_000, 80_000):
