@@ -110,16 +110,28 @@ def _suite(
     return out
 
 
+def _of_items(run: Run) -> None:
+    """ValueError for a metric whose score is no mean over items, which all lines are made of."""
+    from reports.corpus import CORPUS_METRICS
+
+    whole = {task["metric"] for task in run.manifest["tasks"]} & set(CORPUS_METRICS)
+    if whole:
+        names = ", ".join(sorted(whole))
+        raise ValueError(f"no lines: {names} is a score of the whole corpus, and no mean of items")
+
+
 class _Table:
     """One suite's items with every source's value, and the lines drawn from them.
 
-    ValueError if the sources' runs cannot be compared or share no scored item.
+    ValueError if the sources' runs cannot be compared, share no scored item of a task, or have a
+    score of the whole corpus, which is no mean over items.
     """
 
     def __init__(self, suite: str, names: list[str], opened: Opened) -> None:
         self.suite, self.names, self.opened = suite, names, opened
         run, frame = opened[names[0], suite]
         self.run = run
+        _of_items(run)
         self.tasks = [task["task"] for task in run.manifest["tasks"]]
         higher = {task["task"]: task["higher_is_better"] for task in run.manifest["tasks"]}
         items = frame[[*KEYS, "cluster", "weight"]].copy()

@@ -215,6 +215,21 @@ def test_published_numbers_stand_beside_the_task_that_has_them(index: Path) -> N
     assert line[3].order == gain.value
 
 
+def test_no_reference_line_or_variants_gain_is_a_mean_of_sentences(index: Path) -> None:
+    content = json.loads(index.read_text())
+    home = index.parent.parent.parent
+    content["cells"]["gone"] = {"gen": made(home, "gone", 0.7)}
+    content["rows"][1] |= {"kind": "train", "sources": ["base", "gone"], "trained": "one"}
+    content["rows"][2]["trained"] = "one"
+    index.write_text(json.dumps(content))
+    report = read(index)
+    (line,) = [line for line in report.lines if line.suite == "gen/MT"]
+    assert line.value is None
+    assert "bleu is a score of the whole corpus" in line.reason
+    assert {x.name for x in report.lines if x.suite == "gen/Trivia"} >= {"item oracle"}
+    assert [found.suite for found in report.seeded] == ["gen/Trivia"]
+
+
 def test_rows_are_compared_gated_and_ranked_task_by_task(index: Path) -> None:
     home = index.parent.parent.parent
     runs = [str(home / "evaluations" / row) for row in ("base", "new")]
