@@ -60,7 +60,8 @@ class Run:
 def apart(run: Run) -> list[Run]:
     """What is reported of a run: itself, or each task by itself if its suite takes no average.
 
-    A task is then a suite of its own, SUITE/TASK. What the whole run cost stands with the first.
+    A task is then a suite of its own, SUITE/TASK. What the whole run cost stands with the first,
+    and is shown as the whole suite's.
     """
     whole = run.manifest
     if whole.get("rule") != "apart":

@@ -254,30 +254,28 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
     scored = [t for t in tasks if t.score is not None]
     n = sum(task.n for task in tasks)
     n_total = sum(task["n_total"] for task in run.manifest["tasks"])
-    if len(scored) < len(tasks):
-        names = ", ".join(t.title for t in tasks if t.score is None)
-        reason = f"not measured: no item was scored in {names}"
-        if _outcomes(frame, "infra"):
-            reason += " (infrastructure: this machine could not judge them)"
-        return Cell(row, suite, reason=reason, tasks=tasks, run=where)
-    scores = [t.score for t in scored if t.score is not None]
-    spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in scored]
-    interval = macro_interval(scores, spans)
-    return Cell(
+    cell = Cell(
         row,
         suite,
-        score=macro(scores),
-        low=interval[0] if interval else None,
-        high=interval[1] if interval else None,
         n=n,
         n_total=n_total,
-        signature=signature(run.manifest, n, n_total),
         tasks=tasks,
         health=tuple(sorted(run.manifest.get("health", {}).items())),
         cost=tuple(sorted(run.manifest.get("cost", {}).items())),
         run=where,
         notes=tuple(run.manifest.get("notes") or ()),
     )
+    if len(scored) < len(tasks):
+        names = ", ".join(t.title for t in tasks if t.score is None)
+        reason = f"not measured: no item was scored in {names}"
+        if _outcomes(frame, "infra"):
+            reason += " (infrastructure: this machine could not judge them)"
+        return replace(cell, reason=reason)
+    scores = [t.score for t in scored if t.score is not None]
+    spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in scored]
+    low, high = macro_interval(scores, spans) or (None, None)
+    sign = signature(run.manifest, n, n_total)
+    return replace(cell, score=macro(scores), low=low, high=high, signature=sign)
 
 
 def _without(cell: Cell, names: Sequence[str]) -> Average | None:

@@ -108,7 +108,7 @@ def health(report: Report) -> Panel | None:
     lines = []
     for cell in report.cells.values():
         counts = dict(cell.health)
-        if cell.reason or not counts:
+        if not counts:
             continue
         line = [words(cell.row), words(cell.suite), _items(cell)]
         for kind in FAILURES:

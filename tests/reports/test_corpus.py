@@ -20,6 +20,7 @@ from sacrebleu.significance import PairedTest
 from reports import corpus
 from reports.calibration import calibrate
 from reports.compare import NotComparable, compare, open_pairs
+from reports.costs import frame
 from reports.formats import comma_separated, markdown
 from reports.gate import default, judge
 from reports.leaderboard import boards, find_runs
@@ -107,7 +108,7 @@ def made(home: Path, row: str, keep: float, **changes: Any) -> dict[str, str]:
     said, _ = texts(5, 60, keep)
     _, references = texts(5, 60, 1.0)
     scored = [corpus.bleu_counts(a, b) for a, b in zip(said, references, strict=True)]
-    frame = pd.DataFrame(
+    table = pd.DataFrame(
         {
             "task": ["t"] * 60 + ["m"] * 60,
             "doc_id": [*range(60), *range(60)],
@@ -121,10 +122,10 @@ def made(home: Path, row: str, keep: float, **changes: Any) -> dict[str, str]:
         }
     )
     if "counts" in changes:
-        frame = frame.drop(columns="counts")
+        table = table.drop(columns="counts")
     folder = home / "evaluations" / row
     folder.mkdir(parents=True)
-    frame.to_parquet(folder / "scores.parquet")
+    table.to_parquet(folder / "scores.parquet")
     both = {"higher_is_better": True, "shots": 0, "protocol": "p"}
     health = {"truncated": 1, "unextracted": 2, "tie": 0, "infra": 0}
     tasks = [task | both | {"health": health} for task in TASKS]
@@ -182,6 +183,9 @@ def test_a_suite_without_an_average_is_reported_task_by_task(index: Path) -> Non
     assert dict(cell.health)["unextracted"] == 2
     costs = [dict(report.cell("base", f"gen/{t}").cost) for t in ("Trivia", "MT")]
     assert costs == [{"seconds": 3.0}, {}], "what the whole suite took is said once"
+    lines = frame(report).to_dict("records")
+    found = [(line["row"], line["of"], line["seconds"]) for line in lines]
+    assert found == [("base", "gen", 3.0), ("new", "gen", 3.0)]
     (verdict,) = calibrate(report)
     assert (verdict.verdict, verdict.reason) == ("not comparable", "nobody knows how")
     assert verdict.measured == cell.score

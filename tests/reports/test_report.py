@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from reports.formats import comma_separated, gain_text, headline, markdown, score_text, terminal
+from reports.html import panels
 from reports.report import write
 from reports.table import Report, read
 
@@ -331,6 +332,22 @@ def test_a_second_average_leaves_a_task_out_also_where_the_first_has_no_score(
     frame.loc[frame.task == "php", "value"] = float("nan")
     frame.to_parquet(scores)
     assert read(path).cell("base", "acc").without is None
+
+
+def test_a_suite_that_could_not_be_judged_keeps_its_costs_health_and_notes(tmp_path: Path) -> None:
+    health = {"truncated": 0, "unextracted": 0, "tie": 0, "infra": 40}
+    how = {"health": health, "notes": ["in a container"]}
+    where = run(tmp_path, "base", np.full(40, np.nan), **how)
+    report = read(store(tmp_path, {"base": {"acc": {"run": where}, "bits": {"reason": "no"}}}))
+    cell = report.cell("base", "acc")
+    assert cell.score is None
+    assert not cell.partial
+    text = markdown(report)
+    assert "| base | acc | 0 | 0 | 0 | 0 | 40 |" in text
+    assert "| base | evaluate acc | 1.5 s |" in text
+    assert "- note: base, acc: in a container" in text
+    (line,) = panels(report)["health"].tables[0].rows
+    assert line[-1].text == "40"
 
 
 def test_programs_are_counted_one_by_one(tmp_path: Path) -> None:
