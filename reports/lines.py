@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reports.records import unscored
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -138,8 +139,10 @@ class _Table:
         for name in names:
             items = items.merge(self._values(name), on=KEYS, validate="one_to_one")
         self.items = items.dropna(subset=names).reset_index(drop=True)
-        if self.items.empty:
-            raise ValueError("not measured: no item was scored for all sources")
+        gone = unscored(run, frame, self.items)
+        if gone:
+            what = f"no item was scored for all sources in {', '.join(gone)}"
+            raise ValueError(f"not measured: {what}")
         self.sign = self.items.task.map(higher).map({True: 1.0, False: -1.0})
         self.binary = bool(self.items[names].isin([0.0, 1.0]).all(axis=None))
         scores = {name: self._score(self.items[name] * self.sign) for name in names}

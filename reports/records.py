@@ -174,6 +174,21 @@ def read_primary(run: Run) -> pd.DataFrame:
     return frame[frame.metric == frame.task.map(metrics)].reset_index(drop=True)
 
 
+def unscored(run: Run, frame: pd.DataFrame, scored: pd.DataFrame) -> list[str]:
+    """Titles of a run's tasks that have no item among the scored ones of its frame.
+
+    Without them there is no average. A small sample may leave tasks out altogether; those do not
+    count.
+    """
+    drawn = set(frame.task) if run.manifest.get("partial") else None
+    there = set(scored.task)
+    return [
+        task.get("title", task["task"])
+        for task in run.manifest["tasks"]
+        if (drawn is None or task["task"] in drawn) and task["task"] not in there
+    ]
+
+
 def token_perplexities(run: Run) -> dict[str, float]:
     """exp of the mean nats a token, by task; no entry for a task whose tokens nobody counted.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reports.gates import verdict
-from reports.records import Run
+from reports.records import Run, unscored
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -84,6 +84,9 @@ def _line(names: list[str], base: list[str], suite: str, opened: Opened) -> Seed
     frames = [opened[name, suite][1].set_index(["task", "doc_id"]) for name in rows]
     scored = [set(frame.index[frame.value.notna()]) for frame in frames]
     if not scored[0] or any(items != scored[0] for items in scored):
+        return None
+    run, frame = opened[base[0], suite]
+    if unscored(run, frame, frame[frame.value.notna()]):
         return None
     units = _units([frame.loc[sorted(scored[0])] for frame in frames])
     signs = {task["task"]: 1 if task["higher_is_better"] else -1 for task in first["tasks"]}

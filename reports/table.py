@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from reports.gates import verdict
 from reports.lines import Line, lines
-from reports.records import Run, apart, apart_name, read_json, read_primary, token_perplexities
+from reports.records import (
+    Run,
+    apart,
+    apart_name,
+    read_json,
+    read_primary,
+    token_perplexities,
+    unscored,
+)
 from reports.seeded import Seeded, seeded
 from reports.signature import differences, signature
 
@@ -372,8 +380,9 @@ def _compare(
     if alone:
         return f"not comparable: {alone} items were measured on one side only"
     both = both[both.value.notna() & both.value_base.notna()]
-    if both.empty:
-        return "not comparable: no item was scored on both sides"
+    gone = unscored(run, frame, both)
+    if gone:
+        return f"not comparable: no item was scored on both sides in {', '.join(gone)}"
     higher = {task["task"]: task["higher_is_better"] for task in run.manifest["tasks"]}
     sign = both.task.map(higher).map({True: 1.0, False: -1.0})
     both["difference"] = (both.value - both.value_base) * sign

@@ -334,6 +334,28 @@ def test_a_second_average_leaves_a_task_out_also_where_the_first_has_no_score(
     assert read(path).cell("base", "acc").without is None
 
 
+def test_no_gain_is_of_the_tasks_that_are_left(tmp_path: Path) -> None:
+    tasks = [TASK | {"task": name, "title": name.title(), "n_total": 20} for name in ("go", "rust")]
+    how: dict[str, Any] = {"tasks": tasks, "partial": False}
+    names = ("base", "one", "two")
+    cells = {row: {"acc": {"run": run(tmp_path, row, RIGHT, **how)}} for row in names}
+    path = store(tmp_path, cells)
+    content = json.loads(path.read_text())
+    content["suites"] = [content["suites"][0] | {"tasks": tasks}]
+    for row in content["rows"][1:]:
+        row["trained"] = "same"
+    path.write_text(json.dumps(content))
+    for scores in tmp_path.glob("evaluations/*/scores.parquet"):
+        frame = pd.read_parquet(scores).assign(task=["go", "rust"] * 20)
+        frame.loc[frame.task == "go", "value"] = np.nan
+        frame.to_parquet(scores)
+    report = read(path)
+    cell = report.cell("one", "acc")
+    assert cell.gain is None
+    assert cell.no_gain == "not comparable: no item was scored on both sides in Go"
+    assert report.seeded == ()
+
+
 def test_a_suite_that_could_not_be_judged_keeps_its_costs_health_and_notes(tmp_path: Path) -> None:
     health = {"truncated": 0, "unextracted": 0, "tie": 0, "infra": 40}
     how = {"health": health, "notes": ["in a container"]}
