@@ -33,7 +33,8 @@ def published(report: Report) -> Panel | None:
 def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
     cell = _holding(report, entry)
     task = next((t for t in cell.tasks if t.title == entry.task), None)
-    low, high = (task.low, task.high) if task else (cell.low, cell.high)
+    whole = task or (cell.without if _leaves_out(report, entry) else cell)
+    low, high = (whole.low, whole.high) if whole else (None, None)
     sign = task.signature if task else cell.signature
     measured = difference = reach = MISSING
     if entry.measured is not None and entry.difference is not None:
@@ -70,6 +71,12 @@ def _holding(report: Report, entry: Verdict) -> Cell:
     return own or next(alone, Cell(entry.row, entry.suite))
 
 
+def _leaves_out(report: Report, entry: Verdict) -> bool:
+    """Whether a number is a paper's second average, which leaves some tasks out."""
+    printed = (p for p in report.published if (p["row"], p["suite"]) == (entry.row, entry.suite))
+    return any(entry.task in list(p["averages"])[1:] for p in printed)
+
+
 def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[Value, ...] | None:
     """A published gain over the reference, of what has one here, beside the measured one."""
     cell = _holding(report, entry)
@@ -83,6 +90,8 @@ def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[
     )
     if base is None or cell.gain is None or entry.row == report.reference:
         return None
+    if _leaves_out(report, entry):
+        return None  # the measured gain is that of the whole
     if cell.suite == entry.suite and entry.task in {task.title for task in cell.tasks}:
         return None  # of a task; the report's gains are of suites
     column = next(c for c in report.columns if c.name == cell.suite)
