@@ -227,6 +227,19 @@ def test_heat_and_languages_show_differences_to_the_reference(drawn: dict[str, P
     assert "rule:micro" in micro[1].signature
 
 
+def test_a_row_of_another_protocol_has_no_tint(tmp_path: Path) -> None:
+    suites = {name: SUITES[name] for name in ("bbh__fusellm", "multipl_e__fusellm")}
+    path = made_up(tmp_path, ["base", "one", "other"], suites)
+    for manifest in tmp_path.glob("evaluations/2-*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"protocol": "p2"}))
+    shown = panels(read(path))
+    for line in (*shown["bbh"].tables[0].rows, *shown["languages"].tables[0].rows):
+        assert line[2].note
+        assert line[3].text != "–"
+        assert not line[3].note
+        assert not line[3].tone
+
+
 def test_every_score_says_which_measurement_it_is(drawn: dict[str, Panel]) -> None:
     for name in ("scores", "gains", "bbh", "languages", "tasks", "health", "quality"):
         for table in drawn[name].tables:
