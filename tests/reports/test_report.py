@@ -329,6 +329,8 @@ def test_a_second_average_leaves_a_task_out_also_where_the_first_has_no_score(
     assert score_text(report.cell("base", "acc"), report.columns[0]).startswith(
         "not measured; without Go 37.5"
     )
+    (line,) = panels(report)["scores"].tables[0].rows
+    assert line[1].text == score_text(report.cell("base", "acc"), report.columns[0])
     frame.loc[frame.task == "php", "value"] = float("nan")
     frame.to_parquet(scores)
     assert read(path).cell("base", "acc").without is None
@@ -375,8 +377,22 @@ def test_a_suite_that_could_not_be_judged_keeps_its_costs_health_and_notes(tmp_p
 def test_programs_are_counted_one_by_one(tmp_path: Path) -> None:
     ended = {"programs": 40, "pass": 3, "wrong": 30, "infra": 7, "truncated": 9}
     found = run(tmp_path, "base", RIGHT, programs=ended)
-    text = markdown(
-        read(store(tmp_path, {"base": {"acc": {"run": found}, "bits": {"reason": "not run"}}}))
-    )
+    report = read(store(tmp_path, {"base": {"acc": {"run": found}, "bits": {"reason": "no"}}}))
+    text = markdown(report)
     assert "| row | suite | programs | pass | wrong | infra | truncated |" in text
     assert "| base | acc | 40 | 3 | 30 | 7 | 9 |" in text
+    (table,) = panels(report)["programs"].tables
+    assert list(table.head) == ["row", "suite", "programs", "pass", "wrong", "infra", "truncated"]
+    assert [value.text for value in table.rows[0][2:]] == ["40", "3", "30", "7", "9"]
+
+
+def test_token_perplexities_are_on_the_page_as_in_the_text(tmp_path: Path) -> None:
+    found = run(tmp_path, "base", np.linspace(0.9, 1.1, 40), bits=True)
+    (scores,) = tmp_path.glob("evaluations/*/scores.parquet")
+    frame = pd.read_parquet(scores)
+    nats = frame.assign(metric="nats_per_token", value=np.log(12.5))
+    pd.concat([frame, nats]).to_parquet(scores)
+    report = read(store(tmp_path, {"base": {"acc": {"reason": "no"}, "bits": {"run": found}}}))
+    assert "| base | bits | first | 12.50 |" in markdown(report)
+    ((*_, value),) = panels(report)["perplexities"].tables[0].rows
+    assert (value.text, value.order) == ("12.50", pytest.approx(12.5))
