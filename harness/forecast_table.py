@@ -38,7 +38,7 @@ def table(found: Forecast) -> str:
             f"{gib(work.disk)} GiB",
             "–" if work.memory is None else f"{gib(work.memory)} GiB",
         )
-    console = Console(width=140)
+    console = Console(width=140, markup=False, emoji=False)  # names hold brackets
     with console.capture() as captured:
         if found.questions:
             console.print(asked)

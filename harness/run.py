@@ -211,7 +211,8 @@ def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
                 state = "not measured: code execution is not allowed"
             cells.append(state + (f", {limit} questions" if limit and not step.done else ""))
         table.add_row(row, planned.summaries[row], _model_state(planned, row), *cells)
-    console = Console(width=max(120, 40 + 24 * len(planned.recipe.evaluate.suites)), record=True)
+    width = max(120, 40 + 24 * len(planned.recipe.evaluate.suites))
+    console = Console(width=width, markup=False, emoji=False)  # names hold brackets
     with console.capture() as captured:
         console.print(table)
     waiting = [s for s in pending(planned, rows, stages) if s.kind != "evaluate"]

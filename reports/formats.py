@@ -123,7 +123,8 @@ def terminal(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{report.recipe}: gains against {report.reference}", title_justify="left")
+    title = Text(f"{report.recipe}: gains against {report.reference}")  # names hold brackets
+    table = Table(title=title, title_justify="left")
     table.add_column("row", no_wrap=True)
     for column in report.columns:
         note = partial_text(report, column)

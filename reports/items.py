@@ -17,7 +17,7 @@ import numpy as np
 
 from reports.compare import answer
 from reports.panels import Draw, Panel
-from reports.records import Run, read_pack, read_primary, read_prompts
+from reports.records import Run, apart, read_pack, read_primary, read_prompts
 from reports.signature import differences
 from reports.table import Column, Report
 from reports.untrusted import plain, script_json
@@ -109,7 +109,12 @@ def _measured(report: Report, column: Column) -> Measured | None:
     cells = [cell for cell in cells if cell.run]
     if len(cells) < 2:
         return None
-    runs = [Run.open(Path(report.home) / cell.run) for cell in cells]
+    runs = [
+        run
+        for cell in cells
+        for run in apart(Run.open(Path(report.home) / cell.run))
+        if run.manifest["suite"] == column.name
+    ]
     groups: list[int] = []
     for number, run in enumerate(runs):
         like = (
@@ -162,7 +167,7 @@ def _shown(
     records = [read_pack(run, chosen, checked) for run in suite.runs]
     known = set().union(*records)
     order = _in_turn(suite, np.array([key in known for key in suite.keys]))
-    where = report.extra.get("prompts", {}).get(suite.column.name, {})
+    where = report.extra.get("prompts", {}).get(suite.column.whole, {})
     prompts: dict[str, Mapping[tuple[str, int], str]] = {}
     for protocol in {run.manifest["protocol"] for run in suite.runs}:
         if protocol in where:

@@ -190,16 +190,25 @@ def heat_map(report: Report) -> Panel | None:
 def _heat(report: Report, column: Column) -> Table:
     lines = []
     for title, cells in by_task(report, column):
-        base = cells.get(report.reference)
-        line = [words(title)]
-        for row in report.rows:
-            line.append(_tinted(cells.get(row["name"]), base, column))
-        lines.append(tuple(line))
+        lines.append((words(title), *_tinted(report, column, cells)))
     head = ["task", *(row["name"] for row in report.rows)]
     return Table(f"{column.title}: {_direction(column)}", head, tuple(lines))
 
 
-def _tinted(task: TaskScore | None, base: TaskScore | None, column: Column) -> Value:
+def _tinted(report: Report, column: Column, cells: Mapping[str, TaskScore]) -> list[Value]:
+    """A task's scores by row, tinted by their differences to the reference's.
+
+    There is no difference where the row must not be compared with the reference.
+    """
+    base = cells.get(report.reference)
+    out = []
+    for row in report.rows:
+        unlike = report.cell(row["name"], column.name).no_gain
+        out.append(_tint(cells.get(row["name"]), None if unlike else base, column))
+    return out
+
+
+def _tint(task: TaskScore | None, base: TaskScore | None, column: Column) -> Value:
     """A score with its difference to the reference's, and the tint that this comes to."""
     if task is None or task.score is None:
         return MISSING
@@ -223,14 +232,7 @@ def languages(report: Report) -> Panel | None:
             row["name"]: [cells[row["name"]] for _, cells in listed if row["name"] in cells]
             for row in report.rows
         }
-        base = {title: cells.get(report.reference) for title, cells in listed}
-        lines = [
-            (
-                words(title),
-                *(_tinted(cells.get(r["name"]), base[title], column) for r in report.rows),
-            )
-            for title, cells in listed
-        ]
+        lines = [(words(title), *_tinted(report, column, cells)) for title, cells in listed]
         head = ["language", *(row["name"] for row in report.rows)]
         foot = _averages(report, column, scored)
         caption = f"{column.title}: {_direction(column)}"

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from reports.gates import verdict
 from reports.lines import Line, lines
-from reports.records import Run, apart, apart_name, read_json, read_primary, token_perplexities
+from reports.records import (
+    Run,
+    apart,
+    apart_name,
+    read_json,
+    read_primary,
+    token_perplexities,
+    unscored,
+)
 from reports.seeded import Seeded, seeded
 from reports.signature import differences, signature
 
@@ -116,6 +124,12 @@ class Column:
     title: str
     higher_is_better: bool
     unit: str  # "%" for fractions, "" for bits per byte
+    task_of: str = ""  # the suite that was measured, where this is a task of one without an average
+
+    @property
+    def whole(self) -> str:
+        """The name of the suite as it was measured."""
+        return self.task_of or self.name
 
 
 @dataclass(frozen=True)
@@ -141,14 +155,17 @@ class Report:
         """The cell of a row and a suite."""
         return self.cells[row, suite]
 
-    def measured(self, row: str, suite: str) -> list[TaskScore]:
-        """The tasks of a suite that a row was measured on, also where each has its own cell."""
+    def parts(self, row: str, suite: str) -> list[Cell]:
+        """A row's cell of a suite, or those of its tasks if it takes no average."""
         return [
-            task
+            cell
             for cell in self.cells.values()
             if cell.row == row and (cell.suite == suite or cell.suite.startswith(f"{suite}/"))
-            for task in cell.tasks
         ]
+
+    def measured(self, row: str, suite: str) -> list[TaskScore]:
+        """The tasks of a suite that a row was measured on, also where each has its own cell."""
+        return [task for cell in self.parts(row, suite) for task in cell.tasks]
 
     @property
     def gaps(self) -> list[Cell]:
@@ -208,7 +225,7 @@ def _alone(suite: dict[str, Any]) -> list[dict[str, Any]]:
         return [suite]
     return [
         suite
-        | {"name": apart_name(suite["name"], task), "tasks": [task]}
+        | {"name": apart_name(suite["name"], task), "tasks": [task], "task_of": suite["name"]}
         | {"title": f"{suite['title']}: {task.get('title', task['task'])}"}
         for task in suite["tasks"]
     ]
@@ -218,7 +235,8 @@ def _column(suite: dict[str, Any]) -> Column:
     tasks = suite["tasks"]
     higher = all(task["higher_is_better"] for task in tasks)
     bits = bool(tasks) and all(task["metric"] == "bits_per_byte" for task in tasks)
-    return Column(suite["name"], suite["title"], higher, "" if bits else "%")
+    unit = "" if bits else "%"
+    return Column(suite["name"], suite["title"], higher, unit, suite.get("task_of", ""))
 
 
 def _generator(*names: str) -> Any:
@@ -244,30 +262,28 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
     scored = [t for t in tasks if t.score is not None]
     n = sum(task.n for task in tasks)
     n_total = sum(task["n_total"] for task in run.manifest["tasks"])
-    if len(scored) < len(tasks):
-        names = ", ".join(t.title for t in tasks if t.score is None)
-        reason = f"not measured: no item was scored in {names}"
-        if _outcomes(frame, "infra"):
-            reason += " (infrastructure: this machine could not judge them)"
-        return Cell(row, suite, reason=reason, tasks=tasks, run=where)
-    scores = [t.score for t in scored if t.score is not None]
-    spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in scored]
-    interval = macro_interval(scores, spans)
-    return Cell(
+    cell = Cell(
         row,
         suite,
-        score=macro(scores),
-        low=interval[0] if interval else None,
-        high=interval[1] if interval else None,
         n=n,
         n_total=n_total,
-        signature=signature(run.manifest, n, n_total),
         tasks=tasks,
         health=tuple(sorted(run.manifest.get("health", {}).items())),
         cost=tuple(sorted(run.manifest.get("cost", {}).items())),
         run=where,
         notes=tuple(run.manifest.get("notes") or ()),
     )
+    if len(scored) < len(tasks):
+        names = ", ".join(t.title for t in tasks if t.score is None)
+        reason = f"not measured: no item was scored in {names}"
+        if _outcomes(frame, "infra"):
+            reason += " (infrastructure: this machine could not judge them)"
+        return replace(cell, reason=reason)
+    scores = [t.score for t in scored if t.score is not None]
+    spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in scored]
+    low, high = macro_interval(scores, spans) or (None, None)
+    sign = signature(run.manifest, n, n_total)
+    return replace(cell, score=macro(scores), low=low, high=high, signature=sign)
 
 
 def _without(cell: Cell, names: Sequence[str]) -> Average | None:
@@ -364,8 +380,9 @@ def _compare(
     if alone:
         return f"not comparable: {alone} items were measured on one side only"
     both = both[both.value.notna() & both.value_base.notna()]
-    if both.empty:
-        return "not comparable: no item was scored on both sides"
+    gone = unscored(run, frame, both)
+    if gone:
+        return f"not comparable: no item was scored on both sides in {', '.join(gone)}"
     higher = {task["task"]: task["higher_is_better"] for task in run.manifest["tasks"]}
     sign = both.task.map(higher).map({True: 1.0, False: -1.0})
     both["difference"] = (both.value - both.value_base) * sign

@@ -31,9 +31,10 @@ def published(report: Report) -> Panel | None:
 
 
 def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
-    cell = report.cell(entry.row, entry.suite)
+    cell = _holding(report, entry)
     task = next((t for t in cell.tasks if t.title == entry.task), None)
-    low, high = (task.low, task.high) if task else (cell.low, cell.high)
+    whole = task or (cell.without if _leaves_out(report, entry) else cell)
+    low, high = (whole.low, whole.high) if whole else (None, None)
     sign = task.signature if task else cell.signature
     measured = difference = reach = MISSING
     if entry.measured is not None and entry.difference is not None:
@@ -57,9 +58,28 @@ def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
     )
 
 
+def _holding(report: Report, entry: Verdict) -> Cell:
+    """The cell that a published number stands beside: its suite's, or its task's where the suite
+    takes no average; an empty one where nothing of it was measured.
+    """
+    own = report.cells.get((entry.row, entry.suite))
+    alone = (
+        cell
+        for cell in report.parts(entry.row, entry.suite)
+        if any(task.title == entry.task for task in cell.tasks)
+    )
+    return own or next(alone, Cell(entry.row, entry.suite))
+
+
+def _leaves_out(report: Report, entry: Verdict) -> bool:
+    """Whether a number is a paper's second average, which leaves some tasks out."""
+    printed = (p for p in report.published if (p["row"], p["suite"]) == (entry.row, entry.suite))
+    return any(entry.task in list(p["averages"])[1:] for p in printed)
+
+
 def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[Value, ...] | None:
-    """A published gain of a suite's average over the reference, beside the measured one."""
-    cell = report.cell(entry.row, entry.suite)
+    """A published gain over the reference, of what has one here, beside the measured one."""
+    cell = _holding(report, entry)
     base = next(
         (
             other
@@ -70,9 +90,11 @@ def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[
     )
     if base is None or cell.gain is None or entry.row == report.reference:
         return None
-    if entry.task in {task.title for task in cell.tasks}:
+    if _leaves_out(report, entry):
+        return None  # the measured gain is that of the whole
+    if cell.suite == entry.suite and entry.task in {task.title for task in cell.tasks}:
         return None  # of a task; the report's gains are of suites
-    column = next(c for c in report.columns if c.name == entry.suite)
+    column = next(c for c in report.columns if c.name == cell.suite)
     gain, printed = cell.gain, entry.published - base.published
     able = "no item differs" if gain.detectable <= 0 else "yes"
     if gain.detectable > abs(printed):
@@ -95,7 +117,7 @@ def health(report: Report) -> Panel | None:
     lines = []
     for cell in report.cells.values():
         counts = dict(cell.health)
-        if cell.reason or not counts:
+        if not counts:
             continue
         line = [words(cell.row), words(cell.suite), _items(cell)]
         for kind in FAILURES:
