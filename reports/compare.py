@@ -158,11 +158,13 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
     wrong = differences(candidate.manifest, base.manifest)
     if wrong:
         raise NotComparable(f"{_label(base, candidate)}: " + "; ".join(wrong))
-    both, unscored = _joined(base, candidate)
+    both, recorded = _joined(base, candidate)
     measured = candidate.manifest["tasks"]
     groups = dict(list(both.groupby("task", sort=False)))
-    missing = [t["task"] for t in measured if t["task"] not in groups]
-    if missing and not candidate.manifest["partial"]:
+    # A small sample may leave a task out altogether; one that was asked must have been scored.
+    asked = recorded if candidate.manifest["partial"] else {t["task"]: 0 for t in measured}
+    missing = [task for task in asked if task not in groups]
+    if missing:
         raise NotComparable(
             f"{_label(base, candidate)}: no item of {', '.join(missing)} was scored on both sides, "
             "so the suite has no gain"
@@ -181,7 +183,7 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
         total=total,
         tasks=tasks,
         n_total=sum(t["n_total"] for t in measured),
-        unscored=unscored,
+        unscored=sum(recorded.values()) - len(both),
         items=differing(base, candidate, both) if items else None,
     )
 
@@ -220,8 +222,10 @@ def _label(base: Run, candidate: Run) -> str:
     )
 
 
-def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, int]:
-    """Items scored on both sides, `value` turned so that higher is better; and how many are not."""
+def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Items scored on both sides, with `difference` positive where the candidate is better; and how
+    many items, scored or not, each task has on both sides.
+    """
     one, two = opened(read_primary, candidate), opened(read_primary, base)
     both = one.merge(two, on=KEY, suffixes=("", "_base"), validate="one_to_one", how="inner")
     alone = len(one) + len(two) - 2 * len(both)
@@ -233,7 +237,7 @@ def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, int]:
     scored = both.value.notna() & both.value_base.notna()
     if not scored.any():
         raise NotComparable(f"{_label(base, candidate)}: no item was scored on both sides")
-    unscored = int((~scored).sum())
+    recorded = {str(task): len(some) for task, some in both.groupby("task", sort=False)}
     both = both[scored].reset_index(drop=True)
     unlike = both.weight != both.weight_base
     if unlike.any():
@@ -245,7 +249,7 @@ def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, int]:
     higher = {task["task"]: task["higher_is_better"] for task in candidate.manifest["tasks"]}
     sign = both.task.map(higher).map({True: 1.0, False: -1.0})
     both["difference"] = (both.value - both.value_base) * sign
-    return both, unscored
+    return both, recorded
 
 
 def _difference(
