@@ -180,6 +180,11 @@ def read(index: Path) -> Report:
                     programs=tuple(run.manifest.get("programs", {}).items()),
                 )
     content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
+    for row in content["rows"]:  # runs of two versions of a suite may have unlike tasks
+        for suite in content["suites"]:
+            gap = "not measured: this row's run of the suite has no such task"
+            key = (row["name"], suite["name"])
+            cells.setdefault(key, Cell(*key, reason=gap))
     gains = _gains(content, opened, cells)
     for key, gain in gains.items():
         changed = {"gain": gain} if isinstance(gain, Gain) else {"no_gain": gain}

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 
 from harness.cli import main
+from reports.items import items
+from reports.table import read
 from tests.reports.test_compare import RIGHT, evaluation
 
 
@@ -164,6 +166,33 @@ def test_runs_without_a_recipe_make_a_report(
     assert "rows: base, candidate" in capsys.readouterr().err
     assert kfuse(monkeypatch, "report", "tiny", "--reference", "nobody") == 2
     assert "belong to folders of runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rule", ["apart", "macro"])
+def test_runs_of_two_versions_of_a_suite_stand_in_one_report(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path))
+    evaluation(tmp_path, "old", {"a": RIGHT, "gone": RIGHT}, rule=rule)
+    evaluation(tmp_path, "new", {"new": RIGHT, "a": 1 - RIGHT}, rule=rule, protocol="p2")
+    evaluation(tmp_path, "third", {"a": RIGHT, "gone": 1 - RIGHT}, rule=rule)
+    assert kfuse(monkeypatch, "report", tmp_path / "evaluations", "--reference", "old") == 0
+    (index,) = (tmp_path / "reports").glob("*/index.json")
+    report = read(index)
+    cells = {(r["name"], c.name): report.cell(r["name"], c.name) for r in report.rows
+             for c in report.columns}  # fmt: skip
+    assert set(cells) == set(report.cells)
+    if rule == "macro":
+        assert [cell.reason for cell in cells.values()] == [None] * 3
+        return
+    assert {suite for _, suite in cells} == {"suite/a", "suite/gone", "suite/new"}
+    gap = cells["old", "suite/new"].reason
+    assert gap == "not measured: this row's run of the suite has no such task"
+    assert [bool(cell.reason) for cell in cells.values()].count(True) == 3
+    panel = items(report)
+    assert panel is not None
+    (differ,) = panel.data["suites"]  # in the one task that two comparable rows differ on
+    assert (differ["name"], {item["task"] for item in differ["items"]}) == ("suite/gone", {"gone"})
 
 
 def test_runs_that_claim_one_place_or_cannot_be_read_are_exit_one(
