@@ -29,7 +29,7 @@ def _readable() -> Iterator[None]:
 
     try:
         yield
-    except (NotComparable, FileNotFoundError) as error:
+    except (NotComparable, OSError) as error:
         raise RunError(str(error)) from error
 
 

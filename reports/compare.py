@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -174,6 +175,7 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
     tasks = adjusted([_difference(titles[name], groups[name], candidate, level) for name in drawn])
     total = tasks[0]
     if len(tasks) > 1:
+        _have_a_mean(candidate, drawn)
         total = _difference(candidate.manifest["suite"], both, candidate, level, tasks)
     return Comparison(
         suite=candidate.manifest["suite"],
@@ -186,6 +188,17 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
         unscored=sum(recorded.values()) - len(both),
         items=differing(base, candidate, both) if items else None,
     )
+
+
+def _have_a_mean(run: Run, drawn: Sequence[str]) -> None:
+    from reports.corpus import CORPUS_METRICS
+
+    metrics = {task["metric"] for task in run.manifest["tasks"] if task["task"] in drawn}
+    if metrics & set(CORPUS_METRICS):
+        raise NotComparable(
+            f"{run.manifest['suite']}: {', '.join(sorted(metrics))} have no mean over items, "
+            "so the suite has no gain; a suite with the rule 'apart' compares each task by itself"
+        )
 
 
 def adjusted(differences: Sequence[Difference]) -> tuple[Difference, ...]:
@@ -222,11 +235,23 @@ def _label(base: Run, candidate: Run) -> str:
     )
 
 
+def primary(run: Run) -> pd.DataFrame:
+    """`read_primary`; NotComparable also where it lacks what a corpus' score is made of."""
+    from reports.corpus import CORPUS_METRICS, stacked
+
+    frame = opened(read_primary, run)
+    for task in run.manifest["tasks"]:
+        if task["metric"] in CORPUS_METRICS:
+            scored = frame[(frame.task == task["task"]) & frame.value.notna()]
+            opened(partial(stacked, metric=task["metric"]), scored)
+    return frame
+
+
 def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, dict[str, int]]:
     """Items scored on both sides, with `difference` positive where the candidate is better; and how
     many items, scored or not, each task has on both sides.
     """
-    one, two = opened(read_primary, candidate), opened(read_primary, base)
+    one, two = primary(candidate), primary(base)
     both = one.merge(two, on=KEY, suffixes=("", "_base"), validate="one_to_one", how="inner")
     alone = len(one) + len(two) - 2 * len(both)
     if alone:

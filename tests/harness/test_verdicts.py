@@ -195,6 +195,38 @@ def test_runs_of_two_versions_of_a_suite_stand_in_one_report(
     assert (differ["name"], {item["task"] for item in differ["items"]}) == ("suite/gone", {"gone"})
 
 
+def test_a_corpus_without_counts_or_without_a_mean_is_a_sentence_and_exit_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = evaluation(tmp_path, "base", {"a": RIGHT, "b": RIGHT}, metric="bleu")
+    other = evaluation(tmp_path, "candidate", {"a": RIGHT, "b": RIGHT}, metric="bleu")
+    for command in (("compare", one, other), ("leaderboard", one, other)):
+        assert kfuse(monkeypatch, *command) == 1
+        assert "derive the scores again with `kfuse rescore`" in capsys.readouterr().err
+    for folder in (one, other):
+        frame = pd.read_parquet(folder / "scores.parquet")
+        counts = [[4, 4, 4, 3, 2, 1, 4, 3, 2, 1]] * len(frame)
+        frame.assign(counts=counts).to_parquet(folder / "scores.parquet")
+    assert kfuse(monkeypatch, "compare", one, other) == 1
+    assert "suite: bleu have no mean over items" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "leaderboard", one, other) == 0
+    assert "no rank intervals and no groups" in capsys.readouterr().out
+
+
+def test_a_run_without_items_and_a_folder_in_a_files_place_are_exit_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluation(tmp_path, "base", {"a": RIGHT}, partial=True)
+    frame = pd.read_parquet(run / "scores.parquet")
+    frame[:0].to_parquet(run / "scores.parquet")
+    assert kfuse(monkeypatch, "leaderboard", run) == 1
+    assert "scores.parquet: no item; evaluate the row again" in capsys.readouterr().err
+    (run / "manifest.json").rename(tmp_path / "kept")
+    (tmp_path / "folder.csv").mkdir()
+    assert kfuse(monkeypatch, "leaderboard", tmp_path / "folder.csv") == 1
+    assert "no finished run, report or lm-eval result is here" in capsys.readouterr().err
+
+
 def test_runs_that_claim_one_place_or_cannot_be_read_are_exit_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
