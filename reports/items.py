@@ -235,9 +235,8 @@ def _item(
             ]
         )
     shown = None if gold in (None, "null") else plain(str(gold), ANSWER)
-    title = next(
-        t.get("title", key[0]) for t in suite.runs[0].manifest["tasks"] if t["task"] == key[0]
-    )
+    listed = [task for run in suite.runs for task in run.manifest["tasks"]]
+    title = next(task.get("title", key[0]) for task in listed if task["task"] == key[0])
     item = {"task": plain(title, 200), "id": key[1], "gold": texts.place(shown)}
     return item | {"asked": asked, "said": said}
 

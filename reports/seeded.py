@@ -48,7 +48,7 @@ def seeded(content: Mapping[str, Any], opened: Opened) -> tuple[Seeded, ...]:
     """Every variant with two seeds or more, suite by suite, in the report's order.
 
     content: the report's index. Suites that a seed lacks, with tasks of one item, or with a score
-    of a whole corpus, which has no mean over items, are left out.
+    of a whole corpus, which has no mean over items, and gains that do not vary at all are left out.
     """
     from reports.statistics import holm
 
@@ -94,7 +94,7 @@ def _line(names: list[str], base: list[str], suite: str, opened: Opened) -> Seed
     tasks = units.index.get_level_values("task")
     try:
         found = seeds_and_items(values[: len(names)], values[len(names) :], tasks)
-    except ValueError:  # a task of one item: its variance is unknown, and so is the sum
+    except ValueError:  # a task of one item, or nothing varies: the variance is unknown
         return None
     return Seeded(
         tuple(names), tuple(base), suite, found.gain, found.low, found.high, found.p_value, 1.0,

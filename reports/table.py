@@ -9,7 +9,7 @@ a number.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,7 +197,12 @@ def read(index: Path) -> Report:
                     programs=tuple(run.manifest.get("programs", {}).items()),
                 )
     content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
-    gains = _gains(content, opened)
+    for row in content["rows"]:  # runs of two versions of a suite may have unlike tasks
+        for suite in content["suites"]:
+            gap = "not measured: this row's run of the suite has no such task"
+            key = (row["name"], suite["name"])
+            cells.setdefault(key, Cell(*key, reason=gap))
+    gains = _gains(content, opened, cells)
     for key, gain in gains.items():
         changed = {"gain": gain} if isinstance(gain, Gain) else {"no_gain": gain}
         cells[key] = replace(cells[key], **changed)  # type: ignore[arg-type]
@@ -341,7 +346,9 @@ def _task(run: Run, task: dict[str, Any], frame: pd.DataFrame) -> TaskScore:
 
 
 def _gains(
-    content: dict[str, Any], opened: dict[tuple[str, str], tuple[Run, pd.DataFrame]]
+    content: dict[str, Any],
+    opened: dict[tuple[str, str], tuple[Run, pd.DataFrame]],
+    cells: Mapping[tuple[str, str], Cell],
 ) -> dict[tuple[str, str], Gain | str]:
     """Every row against the reference, suite by suite, p-values corrected together."""
     from reports.statistics import holm
@@ -349,11 +356,14 @@ def _gains(
     margins = {suite["name"]: suite.get("margin") for suite in content["suites"]}
     out: dict[tuple[str, str], Gain | str] = {}
     for (row, suite), (run, frame) in opened.items():
-        if row == content["reference"]:
+        if row == content["reference"] or cells[row, suite].reason:
             continue
         base = opened.get((content["reference"], suite))
         if base is None:
             out[row, suite] = "the reference is not measured"
+            continue
+        if gap := cells[content["reference"], suite].reason:
+            out[row, suite] = f"the reference is {gap}"
             continue
         wrong = differences(run.manifest, base[0].manifest)
         if wrong:

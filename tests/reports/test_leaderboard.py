@@ -102,6 +102,39 @@ def test_a_row_without_scores_has_a_reason_and_no_zero(tmp_path: Path) -> None:
     assert "y: not measured: no item was scored in a" in found.note
 
 
+@pytest.mark.parametrize("metric", ["acc", "bleu"])
+def test_rows_that_share_no_scored_item_have_ranks_without_intervals(
+    metric: str, tmp_path: Path
+) -> None:
+    for row in ("x", "y"):
+        evaluation(tmp_path, row, {"a": RIGHT}, metric=metric)
+    for row, odd in (("x", 0), ("y", 1)):
+        counts = [[4, 4, 4, 3, 2, 1, 4, 3, 2, 1]] * len(RIGHT)
+        _RUNS.change_scores(
+            tmp_path / "evaluations" / f"{row.encode().hex()}-suite",
+            lambda f, odd=odd, counts=counts: f.assign(
+                value=f.value.where(f.doc_id % 2 == odd), counts=counts
+            ),
+        )
+    (found,) = boards(find_runs([tmp_path / "evaluations"])[0])
+    assert [(line.rank_low, line.rank_high, line.group) for line in found.lines] == [
+        (None, None, "")
+    ] * 2
+    assert "no rank intervals and no groups" in found.note
+    assert all(text([found]) for text in (markdown, comma_separated, latex, html))
+
+
+def test_a_folder_named_as_a_table_is_a_folder_of_runs(tmp_path: Path) -> None:
+    for name in ("x.csv", "y.json"):
+        run = evaluation(tmp_path / name, "x", {"a": RIGHT})
+        run.parent.rename(tmp_path / "moved")
+        (tmp_path / name).rmdir()
+        (tmp_path / "moved").rename(tmp_path / name)
+        (found,), imported = find_runs([tmp_path / name])
+        assert found.manifest["row"] == "x"
+        assert imported == []
+
+
 RESULTS = {
     "model_name": "org/model|<&_%",
     "results": {

@@ -241,6 +241,30 @@ def test_missing_items_and_unscored_ones(tmp_path: Path) -> None:
     assert "no item was scored" in str(report.cell("none", "acc").reason)
 
 
+def test_without_a_score_on_both_sides_there_is_no_gain(tmp_path: Path) -> None:
+    tasks = [TASK | {"task": name, "title": name} for name in ("go", "rust")]
+    half = np.full(40, np.nan)
+    unjudged = {"base": {"go": RIGHT, "rust": half}, "none": {"go": 1 - RIGHT, "rust": half}}
+    unjudged["whole"] = {"go": 1 - RIGHT, "rust": RIGHT}
+    gap = {"reason": "not run"}
+    runs = {
+        row: {"acc": {"run": run(tmp_path, row, RIGHT, tasks=tasks)}, "bits": gap}
+        for row in unjudged
+    }
+    for row, values in unjudged.items():
+        path = tmp_path / runs[row]["acc"]["run"] / "scores.parquet"
+        frame = pd.read_parquet(path)
+        parts = [frame.assign(task=task, value=v.astype(float)) for task, v in values.items()]
+        pd.concat(parts).to_parquet(path)
+    report = read(store(tmp_path, runs))
+    none, whole = report.cell("none", "acc"), report.cell("whole", "acc")
+    assert none.reason == "not measured: no item was scored in rust"
+    assert none.gain is None
+    assert whole.score is not None
+    assert whole.gain is None
+    assert whole.no_gain == "the reference is not measured: no item was scored in rust"
+
+
 class Page(HTMLParser):
     """What a browser would make of a page: its tags, and every address in it."""
 
