@@ -110,7 +110,7 @@ def spent(report: Report) -> Panel | None:
         note = f"shared by {entry['shared_by']} rows" if entry["shared_by"] > 1 else ""
         sign = ""
         if entry["stage"] == "evaluate":
-            sign = report.cell(entry["row"], entry["of"]).signature
+            sign = next((c.signature for c in report.parts(entry["row"], entry["of"])), "")
         line = [words(entry["row"]), words(stage, note=note)]
         for name, unit in _SPENT.items():
             value = entry[name]
