@@ -56,7 +56,7 @@ class Plan:
     summaries: dict[str, str] = field(default_factory=dict)
 
     def add(self, step: Step) -> Step:
-        """Keep a step once, whichever rows need it."""
+        """Keep a step once, whichever rows need it; rows that are one model share theirs."""
         known = self.steps.get(step.identity)
         if known:
             rows = tuple(dict.fromkeys([*known.rows, *step.rows]))
@@ -66,7 +66,11 @@ class Plan:
 
     def evaluations(self, row: str) -> list[Step]:
         """The measurements of a row, in the recipe's order of suites."""
-        return [s for s in self.steps.values() if s.kind == "evaluate" and s.rows == (row,)]
+        return [s for s in self.steps.values() if s.kind == "evaluate" and row in s.rows]
+
+    def twins(self, row: str) -> list[str]:
+        """The rows that are the same model as this one, itself included: they share a folder."""
+        return [other for other, key in self.identities.items() if key == self.identities[row]]
 
     def builds(self) -> list[Step]:
         """Everything but measurements."""
