@@ -39,6 +39,11 @@ def references(configuration: Mapping[str, Any]) -> list[str]:
     return [m for m in dict.fromkeys(found) if m != base] + ([base] if base else [])
 
 
+def reshapes(given: Mapping[str, Any] | None) -> bool:
+    """Whether a configuration may give a model of another depth or tokenizer than its models'."""
+    return any(key in (given or ()) for key in _OTHER_SHAPES)
+
+
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
@@ -145,7 +150,7 @@ def _fitting(given: Mapping[str, Any], folders: Mapping[str, Path], origin: Path
     ordered = dict(sorted(folders.items(), key=lambda pair: pair[1] != origin))
     with ExitStack() as stack:
         named = {name: Checkpoint(folder, stack) for name, folder in ordered.items()}
-        if not any(key in given for key in _OTHER_SHAPES):
+        if not reshapes(given):
             refuse_mismatches(named, read_config(origin))
         return differences(named)
 

@@ -323,12 +323,12 @@ def planned_step(
 
 
 def tokenizer_identity(out: Plan, row: str) -> str:
-    """The identity of the source whose tokenizer a row carries."""
+    """The identity of the row whose tokenizer a row carries."""
     return out.identities[root(out.recipe, row)]
 
 
 def model_bytes(out: Plan, row: str) -> int:
-    """Bytes that a model made from this row's source takes, as far as is known."""
+    """Bytes that a model of this row's shape takes, as far as is known."""
     folder = out.folders.get(root(out.recipe, row))
     if folder is None or not folder.is_dir():
         return 1_100_000_000

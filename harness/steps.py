@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion.mergekit import reshapes
 from harness.recipe import Recipe
 from harness.store import read_manifest
 
@@ -78,12 +79,12 @@ class Plan:
 
 
 def root(recipe: Recipe, row: str) -> str:
-    """The source whose tokenizer a row carries."""
+    """The row whose tokenizer and shape a row carries: a source, or a merge that has its own."""
     while row in recipe.variants:
         variant = recipe.variants[row]
         if variant.train:
             row = variant.train.init
-        elif variant.merge:
+        elif variant.merge and not reshapes(variant.merge.mergekit):
             row = variant.merge.base or variant.merge.inputs[0]
         elif variant.repeat:
             row = variant.repeat.row
