@@ -302,6 +302,11 @@ def suites(raw: Mapping) -> Problems:
             yield where, f"{value} is not right; should be greater than 0"
     if evaluate.get("backend") == "vllm" and _mapping(raw, "machine").get("shards", 1) != 1:
         yield "machine.shards", "backend vllm runs in one process only: 1"
+    if evaluate.get("backend") == "vllm":
+        for name, kind, _ in _variants(raw):
+            if kind == "repeat":
+                what = "backend vllm forms its batches itself, so that none is of half the size"
+                yield f"variants.{name}.repeat", f"{what}; leave it out, or use kfuse or hf"
 
 
 def close(word: str, known: Sequence[str]) -> str:

@@ -351,7 +351,8 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
         "dtype": recipe.evaluate.dtype,
         "version": VERSIONS["evaluate"],
     }
-    if recipe.evaluate.backend != "kfuse" and out.folders[row]:
+    variant = recipe.variants.get(row)
+    if recipe.evaluate.backend != "kfuse" and not (variant and variant.ensemble):
         content["backend"] = recipe.evaluate.backend
     known = suite_of(suite)
     if known and known.executes_code:
