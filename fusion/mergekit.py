@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -94,9 +94,10 @@ def version() -> str:
     first = content.split(b"\n", 1)[0].decode(errors="replace")
     if first.startswith("#!") and "python" in first:
         ask = "import importlib.metadata as m; print(m.version('mergekit'))"
-        done = subprocess.run([*first[2:].split(), "-c", ask], capture_output=True, text=True)
-        if done.returncode == 0:
-            return done.stdout.strip()
+        with suppress(OSError):  # an interpreter that is gone; its run will say so
+            done = subprocess.run([*first[2:].split(), "-c", ask], capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stdout.strip()
     return f"program-{sha256(content).hexdigest()[:8]}"
 
 
