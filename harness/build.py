@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import RunError
+from fusion.errors import RecipeError, RunError
 from fusion.spec import Fuse, Merge
 from harness.costs import Meter, budget, counted, written
 from harness.plan import Plan, Step, inputs
@@ -45,7 +45,7 @@ def build(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
             continue
         try:
             _carry_out(plan, step)
-        except RunError as error:
+        except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
             failed[step.identity] = f"{step.kind} {step.name} failed: {error}"
             say(f"{step.kind} {step.name}: {error}")
     return {row: failed[plan.identities[row]] for row in rows if plan.identities[row] in failed}

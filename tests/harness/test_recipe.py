@@ -101,6 +101,13 @@ def test_all_mistakes_come_in_one_message() -> None:
         ("function: min_ce", "fidelity: reference, parameters: {bfloat61: false}", "(bfloat16?)"),
         ("function: min_ce", "fidelity: referense", "'reference'"),
         ("weights: [1, 2]", "wieghts: [1, 2]", "(weights?)"),
+        ("weights: [1, 2]", "weights: [1]", "merge.parameters.weights  1 for 2 inputs"),
+        ("linear, parameters: {weights: [1, 2]", "fisher, parameters: {floor: 0", "greater than 0"),
+        (
+            "linear, parameters: {weights: [1, 2]",
+            "'mergekit:linear', parameters: {seed: x",
+            "merge.parameters.seed  'x' is not right; should be a whole number",
+        ),
         ("method: linear", "method: varm", "works on changes against a base"),
         ("train: {init: a, learning_rate: 1e-4}", "train: {init: clm}", "needs itself"),
         ("inputs: [clm, fused]", "inputs: [clm, pack]", "no weights to build on"),
