@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fusion.checkpoints import (
     DTYPES_OF,
+    INDEX,
     SHARD_BYTES,
     Checkpoint,
     Entry,
@@ -147,6 +148,20 @@ def restore(delta: Path, base: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
     if facts["bits"] == "exact" and restored != facts["model"]:
         raise RunError(f"{out}: did not come out as {delta} was; build the row again")
     return facts | {"restored": restored}
+
+
+def whole(folder: Path) -> bool:
+    """Whether all the weights that a folder's delta keeps lie in it, too; RunError without one."""
+    with _opened(folder / FILE) as file:
+        kept = json.loads(file.metadata()["tensors"])
+    files = list(folder.glob("*.safetensors"))
+    if not files or (len(files) > 1 and not (folder / INDEX).exists()):
+        return False
+    try:
+        with ExitStack() as stack:
+            return kept.keys() <= Checkpoint(folder, stack).files.keys()
+    except RunError:
+        return False
 
 
 def read_facts(delta: Path) -> dict[str, Any]:
