@@ -208,9 +208,13 @@ def _packed_bytes(tensor: Tensor, ground: Tensor | None) -> Tensor:
 def _unpacked_bytes(packed: Tensor, ground: Tensor | None, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
     width = dtype.itemsize
+    if not prod(shape):  # which no buffer is
+        return torch.empty(shape, dtype=dtype)
     raw = pa.decompress(packed.numpy(), prod(shape) * width, codec="zstd", asbytes=True)
     planes = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(width, -1)
-    words = planes.T.contiguous().view(_WORDS[width]).reshape(shape)
+    # Of one row or none, `contiguous` would leave strides that no wider type can be read with.
+    flat = planes.T.clone(memory_format=torch.contiguous_format).reshape(-1)
+    words = flat.view(_WORDS[width]).reshape(shape)
     if ground is not None:
         words = words ^ ground.contiguous().view(words.dtype)
     return words.view(dtype)
