@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fusion.checkpoints import (
     DTYPES_OF,
+    INDEX,
     SHARD_BYTES,
     Checkpoint,
     Entry,
@@ -149,6 +150,20 @@ def restore(delta: Path, base: Path, out: Path, shard_bytes: int = SHARD_BYTES) 
     return facts | {"restored": restored}
 
 
+def whole(folder: Path) -> bool:
+    """Whether all the weights that a folder's delta keeps lie in it, too; RunError without one."""
+    with _opened(folder / FILE) as file:
+        kept = json.loads(file.metadata()["tensors"])
+    files = list(folder.glob("*.safetensors"))
+    if not files or (len(files) > 1 and not (folder / INDEX).exists()):
+        return False
+    try:
+        with ExitStack() as stack:
+            return kept.keys() <= Checkpoint(folder, stack).files.keys()
+    except RunError:
+        return False
+
+
 def read_facts(delta: Path) -> dict[str, Any]:
     """What `compress` said of a folder; RunError if it keeps no delta."""
     try:
@@ -193,9 +208,13 @@ def _packed_bytes(tensor: Tensor, ground: Tensor | None) -> Tensor:
 def _unpacked_bytes(packed: Tensor, ground: Tensor | None, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
     width = dtype.itemsize
+    if not prod(shape):  # which no buffer is
+        return torch.empty(shape, dtype=dtype)
     raw = pa.decompress(packed.numpy(), prod(shape) * width, codec="zstd", asbytes=True)
     planes = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(width, -1)
-    words = planes.T.contiguous().view(_WORDS[width]).reshape(shape)
+    # Of one row or none, `contiguous` would leave strides that no wider type can be read with.
+    flat = planes.T.clone(memory_format=torch.contiguous_format).reshape(-1)
+    words = flat.view(_WORDS[width]).reshape(shape)
     if ground is not None:
         words = words ^ ground.contiguous().view(words.dtype)
     return words.view(dtype)

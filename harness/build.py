@@ -172,12 +172,13 @@ def model_folder(plan: Plan, row: str) -> Path:
     """The folder of a row's model."""
     folder = plan.folders[row]
     if folder is None:
-        raise RunError(f"{row}: an ensemble has no weights")
+        what = "a repeat" if plan.recipe.variants[row].repeat else "an ensemble"
+        raise RunError(f"{row}: {what} has no weights of its own")
     manifest = read_manifest(folder)
     if manifest and "kept" in manifest:
         from harness.keeping import weights_again
 
-        weights_again(plan, row, folder)
+        weights_again(plan.home, row, folder)
     snapshot = (manifest or {}).get("facts", {}).get("snapshot")
     return Path(snapshot) if snapshot else folder
 

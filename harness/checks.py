@@ -207,12 +207,14 @@ def kept(raw: Mapping) -> Problems:
     """Variants that are kept as a difference: from weights that can be had exactly."""
     variants = _mapping(raw, "variants")
     sections = {n: v["keep"] for n, v in variants.items() if isinstance(v, dict) and v.get("keep")}
+    weightless = {name: kind for name, kind, _ in _variants(raw) if kind in _ARTICLE}
+    bases: dict[str, list[str]] = {}
     rows = [*_mapping(raw, "sources"), *variants]
     for name, section in sections.items():
         at = f"variants.{name}.keep"
         variant = variants[name]
-        if variant.get("ensemble"):
-            yield at, "an ensemble has no weights to keep"
+        if name in weightless:
+            yield at, f"{_ARTICLE[weightless[name]]} has no weights to keep"
         if not isinstance(section, dict):
             continue
         train, merge = _mapping(variant, "train"), _mapping(variant, "merge")
@@ -222,10 +224,15 @@ def kept(raw: Mapping) -> Problems:
             continue
         if base not in rows or base == name:
             yield f"{at}.base", f"'{base}' is no other row; rows: {', '.join(map(str, rows))}"
-        elif isinstance(variants.get(base), dict) and variants[base].get("ensemble"):
-            yield f"{at}.base", f"'{base}' is an ensemble: it has no weights"
+        elif base in weightless:
+            yield f"{at}.base", f"'{base}' is {_ARTICLE[weightless[base]]}: it has no weights"
         elif _mapping(sections, base).get("bits", "exact") != "exact":
             yield f"{at}.base", f"'{base}' is itself kept with a loss; keep it exact, or whole"
+        else:
+            bases[name] = [base]
+    for name in bases:
+        if name in _reach(name, bases):
+            yield f"variants.{name}.keep.base", "its weights would come back from themselves only"
 
 
 def _unfit(path: str, fuse: Mapping) -> Problems:

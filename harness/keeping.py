@@ -33,15 +33,20 @@ def keep_rows(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
             _keep(plan, row, step, keep.bits)
         except (RunError, OSError) as error:
             reasons[row] = str(world(error, step.folder) if isinstance(error, OSError) else error)
+    for row in rows:  # last: until here, all of it is there, also what another row is kept from
+        for path in _weights(plan.steps[plan.identities[row]].folder) if row not in reasons else ():
+            path.unlink()
     return reasons
 
 
 def _keep(plan: Plan, row: str, step: Step, bits: float | str) -> None:
+    from fusion.deltas import whole
+
     manifest = read_manifest(step.folder) or {}
     kept = manifest.get("kept")
     if kept and kept["bits"] != bits:
-        weights_again(plan, row, step.folder, lossy=True)
-        if not _weights(step.folder):
+        weights_again(plan.home, row, step.folder, lossy=True)
+        if not whole(step.folder):
             say(f"{row}: is kept at {kept['bits']} bits already; the recipe's {bits} is too late")
             return
         del manifest["kept"]  # its delta is about to be another
@@ -51,8 +56,6 @@ def _keep(plan: Plan, row: str, step: Step, bits: float | str) -> None:
         manifest["kept"] = _compressed(plan, row, step.folder, bits)
         write_json(step.folder / "manifest.json", manifest)
         say(f"{row}: {told(manifest['kept'])}")
-    for path in _weights(step.folder):  # last: until here, all of it is there
-        path.unlink()
 
 
 def told(kept: Mapping[str, Any]) -> str:
@@ -74,6 +77,11 @@ def _compressed(plan: Plan, row: str, folder: Path, bits: float | str) -> dict[s
     source = plan.recipe.variants[row].kept_from
     assert source
     base = model_folder(plan, source)
+    if folder in _grounds(plan.home, base):
+        raise RunError(
+            f"{row}: {source} is itself kept as its difference from {row}, so that neither would "
+            "come back; give keep.base another row"
+        )
     require_space(folder, sum(p.stat().st_size for p in _weights(folder)) * 2, f"keeping {row}")
     facts = compress(folder, base, folder, bits)
     with _beside(folder) as restored:
@@ -94,22 +102,25 @@ def _compressed(plan: Plan, row: str, folder: Path, bits: float | str) -> dict[s
 
 def _texts(plan: Plan) -> list[str]:
     """The beginnings of held-out documents; without any, of the corpus's that are in no block."""
-    from fusion.corpus import read_blocks, read_documents
+    from fusion.corpus import of_domains, read_blocks, read_documents
     from harness.build import corpus_path
 
     corpus = plan.recipe.corpus
     if corpus is None:
         return []
-    used: set[int] = set()
+    used: set[tuple[str, str]] = set()
     path = Path(corpus.heldout).expanduser() if corpus.heldout else corpus_path(plan, corpus.path)
+    documents = read_documents(path)
     if not corpus.heldout:
         for step in plan.steps.values():
             if step.kind == "pack" and step.done:
+                domains = step.content.get("domains")  # a piece's number is one among theirs
+                own = of_domains(documents, domains) if domains else documents
                 blocks = read_blocks(step.folder / "blocks.parquet")
-                used |= {piece.document for block in blocks for piece in block}
-    documents = [text for i, (_, text) in enumerate(read_documents(path)) if i not in used]
-    every = max(1, len(documents) // TEXTS)
-    return [text[:CHARACTERS] for text in documents[::every][:TEXTS] if len(text) > 1]
+                used |= {own[piece.document] for block in blocks for piece in block}
+    texts = [text for domain, text in documents if (domain, text) not in used]
+    every = max(1, len(texts) // TEXTS)
+    return [text[:CHARACTERS] for text in texts[::every][:TEXTS] if len(text) > 1]
 
 
 def bits_per_byte(plan: Plan, folder: Path, texts: Sequence[str]) -> float:
@@ -156,16 +167,18 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def weights_again(plan: Plan, row: str, folder: Path, lossy: bool = False) -> None:
+def weights_again(
+    home: Path, row: str, folder: Path, lossy: bool = False, above: tuple[Path, ...] = ()
+) -> None:
     """Put a kept row's weights back into its folder, if they are not there.
 
     RunError if the row was kept with a loss, for then they would not be the row's; with `lossy`,
-    nothing happens.
+    nothing happens. above: the folders that are to come back from this one.
     """
-    from fusion.deltas import restore
+    from fusion.deltas import restore, whole
 
     kept = (read_manifest(folder) or {}).get("kept")
-    if not kept or _weights(folder):
+    if not kept or whole(folder):
         return
     if kept["bits"] != "exact":
         if lossy:
@@ -175,17 +188,34 @@ def weights_again(plan: Plan, row: str, folder: Path, lossy: bool = False) -> No
             f"model: write it with `kfuse restore {folder.name} --to DIR` and name DIR as a "
             f"source, or delete {folder} to make the row again"
         )
+    base = _base(home, kept, (*above, folder))
     with _beside(folder) as restored:
-        restore(folder, _base(plan.home, kept), restored)
+        restore(folder, base, restored)
+        for path in _weights(folder):  # of a move that was interrupted
+            path.unlink()
         for path in _weights(restored):
             path.replace(folder / path.name)
 
 
-def _base(home: Path, kept: Mapping[str, Any]) -> Path:
+def _base(home: Path, kept: Mapping[str, Any], above: tuple[Path, ...] = ()) -> Path:
+    """The folder that a delta was taken from, with its weights, which may be kept themselves."""
     folder = home / kept["base_folder"]
     if not folder.is_dir():
         raise RunError(f"{folder}: the base that the delta was taken from is not there")
+    if folder in above:
+        raise RunError(f"{folder}: is kept as a difference from itself; build the row again")
+    weights_again(home, folder.name, folder, above=above)
     return folder
+
+
+def _grounds(home: Path, folder: Path) -> list[Path]:
+    """A folder, the one that it is kept as a difference from, the one that this is, and so on."""
+    out: list[Path] = []
+    while folder not in out:
+        out.append(folder)
+        kept = (read_manifest(folder) or {}).get("kept")
+        folder = home / kept["base_folder"] if kept else folder
+    return out
 
 
 def restore_to(home: Path, name: str, to: Path, base: Path | None = None) -> str:

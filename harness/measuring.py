@@ -83,6 +83,12 @@ class Measuring:
                 todo.append((step, self.suite(step)))
             except RunError as error:
                 reasons[step.name] = str(error)
+        try:
+            if any(unfinished(*one) for one in todo):  # weights that are kept as a difference, too
+                for model in [row] if self.plan.folders[row] else inputs(self.plan.recipe, row):
+                    model_folder(self.plan, model)
+        except RunError as error:
+            return reasons | {step.name: str(error) for step, _ in todo}
         found = measure_shards(self.plan, row, todo)
         for step, loaded in todo:
             reason = found.get(step.identity)

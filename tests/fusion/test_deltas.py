@@ -169,3 +169,31 @@ def test_tensors_that_the_base_lacks_are_kept_whole(tiny: dict[str, Path], tmp_p
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("bits", ["exact", 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64", "bool"])
+def test_tensors_of_one_element_or_none_come_back(
+    bits: float | str, dtype: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    odd = {
+        "scalar": (),
+        "one": (1,),
+        "square": (1, 1),
+        "none": (0,),
+        "empty": (0, 3),
+        "row": (1, 3),
+    }
+    folders = [shutil.copytree(tiny["llama"], tmp_path / name) for name in ("base", "model")]
+    for value, folder in enumerate(folders):
+        held = load_file(folder / "model.safetensors")
+        held |= {
+            name: torch.full(shape, value).to(getattr(torch, dtype)) for name, shape in odd.items()
+        }
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    compress(folders[1], folders[0], tmp_path / "delta", bits)
+    restore(tmp_path / "delta", folders[0], tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in load_file(folders[1] / "model.safetensors").items():
+        if name in odd or bits == "exact":
+            assert torch.equal(found[name], tensor), name

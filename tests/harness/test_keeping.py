@@ -11,10 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fusion.checkpoints import identity
+from fusion.corpus import read_blocks
 from fusion.errors import RecipeError, RunError
 from fusion.models import load_model
-from harness.keeping import restore_to
-from harness.plan import plan
+from harness.build import _carry_out, build, model_folder
+from harness.keeping import _texts, keep_rows, restore_to
+from harness.measuring import Measuring
+from harness.plan import Plan, plan
 from harness.recipe import parse
 from harness.run import run
 from harness.store import read_manifest
@@ -140,3 +143,107 @@ def test_mistakes_are_told_before_any_work(recipe: Path) -> None:
     )
     with pytest.raises(RecipeError, match="an ensemble has no weights to keep"):
         parse(text, "r")
+
+
+CHAIN = """
+sources: {{one: {{path: {one}}}, two: {{path: {two}}}}}
+variants:
+  a: {{merge: {{inputs: [one, two], method: linear}}, keep: {{bits: exact}}}}
+  b:
+    merge: {{inputs: [one, two], method: linear, parameters: {{weights: [1, 3]}}}}
+    keep: {{bits: exact, base: a}}
+evaluate: {{suites: [tiny_text], limit: 4}}
+reference: one
+"""
+
+
+@pytest.fixture
+def chain(recipe: Path, home: Path, tiny: dict[str, Path]) -> Plan:
+    """Two rows that are made, the second to be kept as its difference from the first."""
+    text = CHAIN.format(one=tiny["llama"], two=recipe.with_name("other"))
+    made = plan(parse(text, "r"), home)
+    assert build(made, ["a", "b"]) == {}
+    return made
+
+
+def test_a_row_comes_back_from_one_that_is_kept_itself(
+    chain: Plan, home: Path, tmp_path: Path
+) -> None:
+    folders = {name: row(home, name) for name in ("a", "b")}
+    before = {name: identity(folder) for name, folder in folders.items()}
+    assert keep_rows(chain, ["a", "b"]) == {}
+    assert not list(home.rglob("*.safetensors"))
+    assert "the same model" in restore_to(home, "b", tmp_path / "out")
+    assert identity(tmp_path / "out") == before["b"]
+    assert keep_rows(chain, ["a", "b"]) == {}
+    assert not list(home.rglob("*.safetensors"))
+    assert model_folder(chain, "b") == folders["b"]
+    assert {name: identity(folder) for name, folder in folders.items()} == before
+
+
+def test_rows_that_would_come_back_from_each_other_are_refused(
+    chain: Plan, home: Path, recipe: Path, tiny: dict[str, Path]
+) -> None:
+    text = CHAIN.format(one=tiny["llama"], two=recipe.with_name("other"))
+    for overrides in (["variants.a.keep.base=b"], ["variants.a.merge.inputs=[b, one]"]):
+        with pytest.raises(RecipeError, match=r"variants.a.keep.base .* from themselves only"):
+            parse(text, "r", overrides)
+    # Two recipes that share a store cannot bring it about, either.
+    assert keep_rows(chain, ["b"]) == {}
+    other = parse(text, "r", ["variants.a.keep.base=b", "variants.b.keep=null"])
+    made = plan(other, home)
+    assert "b is itself kept as its difference from a" in keep_rows(made, ["a"])["a"]
+    assert list(row(home, "a").glob("*.safetensors"))
+
+
+def test_weights_that_came_back_in_part_come_back_whole(chain: Plan, home: Path) -> None:
+    folder = row(home, "a")
+    before = identity(folder)
+    weights = load_file(folder / "model.safetensors")
+    assert keep_rows(chain, ["a"]) == {}
+    name = next(iter(weights))
+    save_file({name: weights[name]}, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    assert identity(model_folder(chain, "a")) == before
+
+
+def test_a_loss_is_measured_on_what_was_not_trained_on(recipe: Path, home: Path) -> None:
+    text = recipe.read_text().replace(
+        "  user:", "  town: {train: {init: one, domains: [village]}}\n  user:"
+    )
+    made = plan(parse(text, "r"), home)
+    (step,) = (step for step in made.steps.values() if step.kind == "pack")
+    _carry_out(made, step)
+    blocks = read_blocks(step.folder / "blocks.parquet")
+    read = [piece.text for block in blocks for piece in block]
+    texts = _texts(made)
+    assert texts
+    assert not [text for text in texts if any(text.startswith(piece[:200]) for piece in read)]
+
+
+def test_what_has_no_weights_is_neither_kept_nor_kept_from(recipe: Path) -> None:
+    text = recipe.read_text().replace(
+        "  user:", "  again: {repeat: {row: near}, keep: {bits: 1}}\n  user:"
+    )
+    with pytest.raises(RecipeError, match="variants.again.keep  a repeat has no weights to keep"):
+        parse(text, "r")
+    text = text.replace(", keep: {bits: 1}", "").replace("base: two", "base: again")
+    with pytest.raises(RecipeError, match="'again' is a repeat: it has no weights"):
+        parse(text, "r")
+
+
+def test_weights_come_back_before_work_is_shared_out(
+    chain: Plan, home: Path, recipe: Path, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = CHAIN.format(one=tiny["llama"], two=recipe.with_name("other"))
+    text = text.replace("evaluate:", "  pack: {ensemble: {members: [a, b], rule: top1}}\nevaluate:")
+    made = plan(parse(text, "r", ["machine.shards=2"]), home)
+    assert keep_rows(made, ["a", "b"]) == {}
+    there: list[list[str]] = []
+
+    def measure_shards(*_: object) -> dict[str, str]:
+        there.append(sorted(path.parent.name[0] for path in home.rglob("*.safetensors")))
+        return {"": "not here"}
+
+    monkeypatch.setattr("harness.shards.measure_shards", measure_shards)
+    assert set(Measuring(made).measure("pack", made.evaluations("pack")).values()) == {"not here"}
+    assert there == [["a", "b"]]
