@@ -157,6 +157,7 @@ def _index(
     ]
     listed = [
         {"name": suite, "title": suite, "rule": m.get("rule", "macro"), "tasks": m["tasks"]}
+        | {"without": _without(suite)}
         for suite, m in suites.items()
     ]
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -169,8 +170,17 @@ def _index(
         "rows": rows,
         "suites": listed,
         "extra": {"prompts": _prompts(runs)},
-        "facts": {"machine": machine(), "created": now, "seconds": 0} | provenance(),
+        # Where the runs were measured is not in them.
+        "facts": {"machine": f"reported on {machine()}", "created": now, "seconds": 0}
+        | provenance(),
     }
+
+
+def _without(suite: str) -> list[str]:
+    """Tasks that the second average of one of our suites leaves out; none of any other suite."""
+    from tasks.suite import known_suites, load_suite
+
+    return list(load_suite(suite).without) if suite in known_suites() else []
 
 
 def _prompts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:

@@ -297,7 +297,7 @@ def _difference(
     ends = (both.value.min(), both.value.max(), both.value_base.min(), both.value_base.max())
     whole = both.value.isin([0.0, 1.0]).all() and both.value_base.isin([0.0, 1.0]).all()
     alone = not both.duplicated(["task", "cluster"]).any() and both.weight.nunique() == 1
-    binary = bool(whole and alone)
+    binary = bool(whole and alone and metric not in CORPUS_METRICS)
     low, high, kind = _interval(paired, parts, binary, level)
     p_value, test = paired.p_value, "permutation"
     if binary and not parts:

@@ -186,9 +186,9 @@ def _imported(files: Sequence[list[Imported]]) -> list[Board]:
     for file in files:
         for found in file:
             key = (found.task, found.metric, found.filter, found.shots, found.version, found.n)
-            grouped.setdefault((*key, found.origin), []).append(found)
+            grouped.setdefault((*key, found.origin, found.higher_is_better), []).append(found)
     out = []
-    for (task, metric, filter_, shots, version, _, origin), entries in grouped.items():
+    for (task, metric, filter_, shots, version, _, origin, _), entries in grouped.items():
         sign = 1 if entries[0].higher_is_better else -1
         ordered = sorted(entries, key=lambda e: (-sign * e.score, e.model))
         protocol = f"{metric} {filter_} shots {shots} version {version}"

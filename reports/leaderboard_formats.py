@@ -16,6 +16,7 @@ from reports.formats import interval, number
 from reports.leaderboard import FORMULA, Board, Line
 from reports.panels import Table, Value, words
 from reports.table import Column
+from reports.text import escape
 
 Boards = Sequence[Board]
 HEAD = ("rank", "row", "score", "95 % interval", "above chance", "group", "n", "source")
@@ -61,11 +62,11 @@ def markdown(boards: Boards) -> str:
     """One table a suite and protocol."""
     lines = ["# Leaderboard", "", f"Above chance: {FORMULA}. Groups: {GROUPS}.", ""]
     for board in boards:
-        lines += [f"## {shown(_title(board))}", "", f"| {' | '.join(HEAD)} |"]
+        lines += [f"## {escape(_title(board))}", "", f"| {' | '.join(HEAD)} |"]
         lines.append("|" + " --- |" * len(HEAD))
         for line in board.lines:
             lines.append(f"| {' | '.join(shown(cell) for cell in _cells(board, line))} |")
-        lines += ["", *(f"- {shown(note)}" for note in _notes(board)), ""]
+        lines += ["", *(f"- {escape(note)}" for note in _notes(board)), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

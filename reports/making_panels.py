@@ -110,7 +110,9 @@ def spent(report: Report) -> Panel | None:
         note = f"shared by {entry['shared_by']} rows" if entry["shared_by"] > 1 else ""
         sign = ""
         if entry["stage"] == "evaluate":
-            sign = next((c.signature for c in report.parts(entry["row"], entry["of"])), "")
+            parts = report.parts(entry["row"], entry["of"])
+            # What a suite without an average took is of no one task's signature.
+            sign = parts[0].signature if len(parts) == 1 else ""
         line = [words(entry["row"]), words(stage, note=note)]
         for name, unit in _SPENT.items():
             value = entry[name]

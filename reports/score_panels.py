@@ -30,7 +30,8 @@ def scores(report: Report) -> Panel | None:
         for column in report.columns:
             cell = report.cell(row["name"], column.name)
             if cell.reason:
-                line.append(Value("not measured", signature=cell.reason, tone="gap"))
+                shown = score_text(cell, column)
+                line.append(Value(shown, signature=cell.reason, tone="gap"))
                 continue
             note = gain_text(cell, column, report.reference)
             tone = cell.gain.verdict if cell.gain else ""
@@ -164,6 +165,24 @@ def tasks(report: Report) -> Panel | None:
     return Panel("Tasks", tables=tuple(tables)) if tables else None
 
 
+def perplexities(report: Report) -> Panel | None:
+    """Token perplexity of each row on each whole text."""
+    lines = tuple(
+        (
+            *(words(text) for text in (cell.row, cell.suite, task.title)),
+            Value(f"{task.token_perplexity:.2f}", task.token_perplexity, task.signature),
+        )
+        for cell in report.cells.values()
+        for task in cell.tasks
+        if task.token_perplexity is not None
+    )
+    if not lines:
+        return None
+    text = ("Per token of each row's own tokenizer: not comparable across tokenizers.",)
+    table = Table("Perplexity a token", ("row", "suite", "task", "perplexity"), lines)
+    return Panel("Token perplexity", text, tables=(table,))
+
+
 def _heated(column: Column) -> bool:
     return column.name.startswith("bbh")
 
@@ -277,4 +296,5 @@ PANELS: dict[str, Draw] = {
     "bbh": heat_map,
     "languages": languages,
     "tasks": tasks,
+    "perplexities": perplexities,
 }

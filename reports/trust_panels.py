@@ -43,7 +43,7 @@ def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
         if low is not None and high is not None:
             reach = Value(f"{50 * (high - low):.2f}", high - low, sign)
     tone = {"matched": "better", "off": "worse"}.get(entry.verdict, "gap")
-    protocol = sign.split("|")[0].partition("@")[2]
+    protocol = sign.split("|")[0].rpartition("@")[2]
     return (
         words(entry.row),
         words(entry.suite),
@@ -140,6 +140,21 @@ def health(report: Report) -> Panel | None:
     return Panel("Health", text, tables=(table,))
 
 
+def programs(report: Report) -> Panel | None:
+    """How many programs ended how, by row and suite."""
+    cells = [cell for cell in report.cells.values() if cell.programs]
+    if not cells:
+        return None
+    kinds = list(dict.fromkeys(kind for cell in cells for kind, _ in cell.programs))
+    lines = []
+    for cell in cells:
+        counts = dict(cell.programs)
+        shown = [count(counts.get(kind, 0), signature=cell.signature) for kind in kinds]
+        lines.append((words(cell.row), words(cell.suite), *shown))
+    head = ["row", "suite", *(kind.replace("_", " ") for kind in kinds)]
+    return Panel("How programs ended", tables=(Table("Programs", head, tuple(lines)),))
+
+
 def _items(cell: Cell) -> Value:
     whole = f"{cell.n:,} of {cell.n_total:,}" if cell.partial else f"{cell.n:,}"
     return Value(whole, cell.n, cell.signature)
@@ -176,7 +191,7 @@ def contamination(report: Report) -> Panel | None:
 
 
 def provenance(report: Report) -> Panel | None:
-    """What made these numbers: machine, versions, commit, seed, recipe, identities, signatures."""
+    """What made or reported these numbers: machine, versions, recipe, identities, signatures."""
     facts = report.facts
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     text = [
@@ -203,6 +218,7 @@ def provenance(report: Report) -> Panel | None:
 PANELS: dict[str, Draw] = {
     "published": published,
     "health": health,
+    "programs": programs,
     "contamination": contamination,
 }
 LAST: dict[str, Draw] = {"provenance": provenance}

@@ -17,7 +17,7 @@ from harness.forecast import Forecast, Questions, Work, forecast
 from harness.forecast_table import duration, sums, table
 from harness.plan import plan
 from harness.recipe import parse
-from harness.run import foresee, pending
+from harness.run import foresee, overview, pending
 
 TEXT = """
 sources:
@@ -118,6 +118,21 @@ def test_questions_that_cannot_be_had_are_named() -> None:
     text = table(Forecast((lost,), (), 10, 10, "cpu"))
     assert "no network" in text
     assert "unknown" in text
+
+
+def test_brackets_in_names_and_reasons_are_text() -> None:
+    lost = Questions("lm_eval:[x]", 0, 0, None, {}, 0, "absent [/data/x] :smile:")
+    work = Work("train", "fused[top_k=4]", None, None, None, 0, None)
+    text = table(Forecast((lost,), (work,), 10, 10, "cpu"))
+    for part in ("lm_eval:[x]", "absent [/data/x] :smile:", "fused[top_k=4]"):
+        assert part in text
+
+
+def test_brackets_in_names_are_text_in_what_would_be_done(home: Path) -> None:
+    text = TEXT.replace("clm:", '"clm[bold]":').replace(": clm", ": clm[bold]")
+    planned = plan(parse(text, "r"), home)
+    said = overview(planned, planned.recipe.rows, ("build", "evaluate"))
+    assert "clm[bold]" in said.partition("to build:")[0]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (600, "10 min"), (9000, "2.5 h")])

@@ -13,6 +13,7 @@ import pytest
 from harness.cli import main
 from reports.items import items
 from reports.table import read
+from tasks.suite import load_suite
 from tests.reports.test_compare import RIGHT, evaluation
 
 
@@ -225,6 +226,22 @@ def test_a_run_without_items_and_a_folder_in_a_files_place_are_exit_one(
     (tmp_path / "folder.csv").mkdir()
     assert kfuse(monkeypatch, "leaderboard", tmp_path / "folder.csv") == 1
     assert "no finished run, report or lm-eval result is here" in capsys.readouterr().err
+
+
+def test_a_report_of_runs_has_the_suites_second_average_and_says_who_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path))
+    suite = load_suite("multipl_e@fusellm")
+    go, other = suite.without[0], next(t.name for t in suite.tasks if t.name not in suite.without)
+    tasks = {go: RIGHT * 0, other: RIGHT}
+    one = evaluation(tmp_path, "base", tasks, suite="multipl_e@fusellm")
+    assert kfuse(monkeypatch, "report", one, "--name", "mine") == 0
+    (index,) = (tmp_path / "reports").glob("mine-*/index.json")
+    assert f"without {go} 60.0" in (index.parent / "report.md").read_text().replace("\\", "")
+    page = (index.parent / "report.html").read_text()
+    assert f"without {go} 60.0" in page
+    assert "reported on " in page
 
 
 def test_runs_that_claim_one_place_or_cannot_be_read_are_exit_one(

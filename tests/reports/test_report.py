@@ -315,6 +315,21 @@ def test_a_report_can_be_printed(index: Path) -> None:
     assert "not measured: gap/bits: not built: no corpus" in shown.get()
 
 
+def test_a_recipe_named_as_markup_is_text(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    gap = {"reason": "absent [/data/x]"}
+    path = store(
+        tmp_path, {"base": {"acc": gap, "bits": gap}, "fused[top_k=4]": {"acc": gap, "bits": gap}}
+    )
+    path.write_text(path.read_text().replace('"demo"', '"demo[/x]"'))
+    console = Console(width=140)
+    with console.capture() as shown:
+        console.print(terminal(read(path)))
+    for part in ("demo[/x]: gains", "absent [/data/x]", "fused[top_k=4]"):
+        assert part in shown.get()
+
+
 def test_damage_names_the_file(index: Path) -> None:
     (scores,) = index.parent.parent.parent.glob(f"evaluations/{b'lost'.hex()}-acc/scores.parquet")
     scores.write_bytes(scores.read_bytes()[:100])
@@ -378,7 +393,7 @@ def test_no_gain_is_of_the_tasks_that_are_left(tmp_path: Path) -> None:
     report = read(path)
     cell = report.cell("one", "acc")
     assert cell.gain is None
-    assert cell.no_gain == "not comparable: no item was scored on both sides in Go"
+    assert cell.reason == "not measured: no item was scored in Go"
     assert report.seeded == ()
 
 
@@ -420,3 +435,19 @@ def test_token_perplexities_are_on_the_page_as_in_the_text(tmp_path: Path) -> No
     assert "| base | bits | first | 12.50 |" in markdown(report)
     ((*_, value),) = panels(report)["perplexities"].tables[0].rows
     assert (value.text, value.order) == ("12.50", pytest.approx(12.5))
+
+
+@pytest.mark.parametrize("name", ["a\n\n<img src=x onerror=y>", "x&lt;b&gt;", "a\rb\u2028c`d"])
+def test_no_name_is_markup_or_ends_a_line_in_markdown(tmp_path: Path, name: str) -> None:
+    cells = {name: {"acc": {"run": run(tmp_path, name, RIGHT)}, "bits": {"reason": "gone"}}}
+    path = store(tmp_path, cells)
+    path.write_text(
+        path.read_text().replace('"reference": "base"', f'"reference": {json.dumps(name)}')
+    )
+    text = markdown(read(path))
+    assert not any(c in text for c in "\r\u2028")
+    (signed,) = (line for line in text.splitlines() if line.startswith("- `"))
+    assert signed.count("`") == 2  # between backticks nothing is markup
+    rest = text.replace(signed, "")
+    assert "<img" not in rest
+    assert "x&lt;b" not in rest
