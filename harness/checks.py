@@ -45,7 +45,7 @@ def names(raw: Mapping) -> Problems:
     for name in variants:
         if name in sources:
             yield f"variants.{name}", "a source has this name already"
-        kinds = [k for k in KINDS if (variants[name] or {}).get(k)]
+        kinds = [k for k in KINDS if _mapping(variants, name).get(k)]
         if isinstance(variants[name], dict) and len(kinds) != 1:
             yield f"variants.{name}", f"needs exactly one of {', '.join(KINDS)}"
     if not isinstance(raw.get("corpus"), dict) and any(k == "train" for _, k, _ in _variants(raw)):
@@ -148,7 +148,12 @@ def methods(raw: Mapping) -> Problems:
                 continue
             yield from _method(f"{at}.method", section, "method", MERGE_METHODS, merge_parameters)
             method = section.get("method")
-            if method in MERGE_METHODS and needs_base(method) and not section.get("base"):
+            if (
+                isinstance(method, str)
+                and method in MERGE_METHODS
+                and needs_base(method)
+                and not section.get("base")
+            ):
                 yield f"{at}.base", f"missing: '{method}' works on changes against a base"
         elif kind == "ensemble":
             from harness.rules import ENSEMBLE_RULES
@@ -165,7 +170,7 @@ def _weighed(path: str, ensemble: Mapping) -> Problems:
     rule, given = ensemble.get("rule"), ensemble.get("parameters") or {}
     weights, level = ensemble.get("weights"), ensemble.get("level")
     right = isinstance(given, dict) and all(isinstance(v, int | float) for v in given.values())
-    if rule not in ENSEMBLE_RULES or not right:
+    if not isinstance(rule, str) or rule not in ENSEMBLE_RULES or not right:
         return
     if weights is not None and not (
         isinstance(weights, list) and all(isinstance(w, int | float) for w in weights)

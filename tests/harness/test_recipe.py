@@ -251,3 +251,19 @@ def test_parameters_of_a_mergekit_method_are_its_own() -> None:
         parse(GOOD, "r.yaml", [f"variants.merged.merge={padded}"])
     assert "its configuration has a tokenizer section" in str(caught.value)
     assert "one for each of the inputs" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "hello",
+        "[1]",
+        "{merge: {mergekit: {merge_method: linear, models: [{model: a}]}, parameters: 5}}",
+        "{merge: {inputs: [a], method: [fisher]}}",
+        "{ensemble: {members: [a, b], rule: [x]}}",
+        "{ensemble: {members: [a, b, a], rule: mean_logit, level: token, weights: [0, 0.5, 0.5]}}",
+    ],
+)
+def test_wrong_shapes_are_named_and_no_traceback(variant: str) -> None:
+    text = GOOD.replace("  merged:", f"  wrong: {variant}\n  merged:")
+    assert "variants.wrong" in problems(text)
