@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from reports.table import Report
+from reports.cells import Report
 from reports.text import escape
 
 if TYPE_CHECKING:

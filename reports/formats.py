@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reports import costs, lines_formats
 from reports.calibration import calibrate
-from reports.table import Cell, Column, Gain, Report
+from reports.cells import Cell, Column, Gain, Report
 from reports.text import code, interval, number, signed
 from reports.text import escape as _escape
 

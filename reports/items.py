@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from reports.cells import Column, Report
 from reports.compare import answer
 from reports.panels import Draw, Panel
 from reports.records import Run, apart, read_pack, read_primary, read_prompts
 from reports.signature import differences
-from reports.table import Column, Report
 from reports.untrusted import plain, script_json
 
 BUDGET = 900_000  # bytes of all suites together

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from reports.cells import Column
 from reports.compare_formats import shown
 from reports.formats import interval, number
 from reports.leaderboard import FORMULA, Board, Line
 from reports.panels import Table, Value, words
-from reports.table import Column
 from reports.text import escape
 
 Boards = Sequence[Board]

@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from reports.cells import Column, Report
 from reports.lines import BEST, EMERGENT, FORGOTTEN, GAP, ITEM_ORACLE, TASK_ORACLE, WON, Line
-from reports.table import Column, Report
 from reports.text import escape, interval, number
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from reports import costs, plots
+from reports.cells import Report
 from reports.lines import WON
 from reports.panels import MISSING, Draw, Figure, Panel, Table, Value, count, score, share, words
-from reports.table import Report
 
 
 def training(report: Report) -> Panel | None:

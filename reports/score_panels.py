@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from reports import plots
+from reports.cells import Cell, Column, Report, TaskScore
 from reports.formats import (
     SIGN,
     gain_text,
@@ -16,7 +17,6 @@ from reports.formats import (
     score_text,
 )
 from reports.panels import MISSING, Draw, Figure, Panel, Table, Value, count, score, words
-from reports.table import Cell, Column, Report, TaskScore
 from reports.text import interval, number, signed
 
 STEPS = (0.025, 0.05, 0.10, 0.20)  # differences at which a cell of the heat map is tinted deeper

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reports.table import Column
+    from reports.cells import Column
 
 
 def number(value: float | None, column: Column) -> str:

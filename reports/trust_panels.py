@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from reports.calibration import Verdict, calibrate
+from reports.cells import Cell, Report
 from reports.formats import FAILURES
 from reports.panels import MISSING, Draw, Panel, Table, Value, count, words
-from reports.table import Cell, Report
 from reports.text import interval, signed
 
 

@@ -10,7 +10,8 @@ from harness.plan import plan
 from harness.recipe import parse
 from harness.report import _row
 from harness.run import pending, run
-from reports.table import Gain, read
+from reports.cells import Gain
+from reports.table import read
 
 TEXT = """
 sources:

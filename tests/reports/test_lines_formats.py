@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from reports.cells import Cell, Column, Report, TaskScore
 from reports.lines import BEST, EMERGENT, FORGOTTEN, GAP, ITEM_ORACLE, TASK_ORACLE, WON, Line
 from reports.lines_formats import comma_separated, markdown, tables, terminal
-from reports.table import Cell, Column, Report, TaskScore
 
 ROW = "fu|sed"
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from reports.cells import Report
 from reports.html import page, panels
 from reports.panels import Panel
-from reports.table import Report, read
+from reports.table import read
 from reports.untrusted import clipped, plain, script_json
 
 HOSTILE = (

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from reports.cells import Report
 from reports.formats import comma_separated, gain_text, headline, markdown, score_text, terminal
 from reports.html import panels
 from reports.report import write
-from reports.table import Report, read
+from reports.table import read
 
 TASK = {
     "task": "t1",
