@@ -110,8 +110,7 @@ def open_pairs(
 
 
 def _apart(pairs: list[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
-    """Tasks of suites without an average as pairs of their own; unlike runs are left as they are,
-    for `compare` to say what differs."""
+    """Tasks of suites without an average as pairs of their own; unlike runs as they are."""
     out = []
     for base, candidate in pairs:
         same = not differences(candidate.manifest, base.manifest)
