@@ -107,11 +107,8 @@ def row_names(runs: Sequence[Run]) -> list[str]:
     models: dict[str, set[str]] = {}
     for run in runs:
         models.setdefault(str(run.manifest["row"]), set()).add(str(run.manifest["model_identity"]))
-    return [
-        name if len(models[name]) == 1 else f"{name}@{str(run.manifest['model_identity'])[:8]}"
-        for run in runs
-        if (name := str(run.manifest["row"]))
-    ]
+    named = [(str(run.manifest["row"]), str(run.manifest["model_identity"])) for run in runs]
+    return [row if len(models[row]) == 1 else f"{row}@{model[:8]}" for row, model in named]
 
 
 def _board(column: list[Run]) -> Board:

@@ -21,11 +21,13 @@ from reports.text import escape
 Boards = Sequence[Board]
 HEAD = ("rank", "row", "score", "95 % interval", "above chance", "group", "n", "source")
 GROUPS = "rows that share a letter are not told apart (paired permutation tests, Holm, 5 %)"
+LATIN = "\u00ff"  # the last character that the usual fonts are sure to have
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
-    "–": "--", "−": "$-$", "@": "@",
+    "–": "--", "—": "---", "−": "$-$", "…": r"\ldots{}", "“": "``", "”": "''", "‘": "`", "’": "'",
+    "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "-": "{-}",
 }  # fmt: skip
 
 
@@ -90,9 +92,10 @@ def machine_readable(boards: Boards) -> str:
 
 
 def tex(text: str) -> str:
-    """Text that LaTeX prints as it is; what it cannot print becomes a question mark."""
+    """Text that LaTeX prints as it is, pdflatex, too: what its fonts lack is named [U+540D]."""
     printable = "".join(c if c.isprintable() else "?" for c in text)
-    return "".join(_LATEX.get(c, c) for c in printable)
+    known = {c: _LATEX.get(c, c if c <= LATIN else f"[U+{ord(c):04X}]") for c in set(printable)}
+    return "".join(known[c] for c in printable)
 
 
 def latex(boards: Boards) -> str:

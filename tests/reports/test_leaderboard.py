@@ -7,6 +7,8 @@ import importlib.util
 import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,22 @@ def test_the_page_shows_every_row_and_no_markup_of_theirs(tmp_path: Path) -> Non
     assert "&lt;script&gt;alert" in text
     assert text.count('<th scope="row"') == 2
     assert 'data-order="0.6"' in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
+def test_the_table_compiles_whatever_rows_are_called(tmp_path: Path) -> None:
+    names = [HOSTILE, "[x] row", "ünïcödé–−…", "名前", "'a' \"b\" `c` -- ---", ""]
+    rows = {name: {"a": RIGHT, "b_c": RIGHT} for name in names}
+    document = "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs,longtable}"
+    body = latex([board(tmp_path, rows)] * 2)
+    (tmp_path / "t.tex").write_text(f"{document}\\begin{{document}}{body}\\end{{document}}")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout[-800:].decode(errors="replace")
+    assert (tmp_path / "t.pdf").stat().st_size > 1000
 
 
 def test_five_hundred_rows(tmp_path: Path) -> None:
