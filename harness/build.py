@@ -54,8 +54,9 @@ def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
     """Identities of all steps that these rows stand on, themselves included."""
     waiting = [plan.identities[row] for row in rows]
     for row in rows:
-        waiting += [plan.identities[i] for i in inputs(plan.recipe, row)]
-        waiting += [s.identity for s in plan.builds() if s.kind == "map" and row in s.rows]
+        if plan.folders[row] is None:  # an ensemble or a repeat: no step says what it stands on
+            waiting += [plan.identities[i] for i in inputs(plan.recipe, row)]
+            waiting += [s.identity for s in plan.builds() if s.kind == "map" and row in s.rows]
     found: set[str] = set()
     while waiting:
         key = waiting.pop()

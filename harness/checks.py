@@ -59,7 +59,8 @@ def references(raw: Mapping) -> Problems:
 
     def check(path: str, value: Any, known: list[str]) -> Problems:
         if isinstance(value, str) and value not in known:
-            yield path, f"'{value}' is no row here; rows: {', '.join(known)}{close(value, known)}"
+            rows = [str(row) for row in known]
+            yield path, f"'{value}' is no row here; rows: {', '.join(rows)}{close(value, rows)}"
 
     for name, kind, section in _variants(raw):
         at = f"variants.{name}.{kind}"
@@ -338,7 +339,7 @@ def suites(raw: Mapping) -> Problems:
                 yield f"variants.{name}.repeat", f"{what}; leave it out, or use kfuse or hf"
 
 
-def close(word: str, known: Sequence[str]) -> str:
-    """The nearest known word in brackets, if one is near."""
-    match = difflib.get_close_matches(word, known, n=1)
+def close(word: Any, known: Sequence[str]) -> str:
+    """The nearest known word in brackets, if one is near; a key may be no word."""
+    match = difflib.get_close_matches(str(word), known, n=1)
     return f" ({match[0]}?)" if match else ""

@@ -20,6 +20,7 @@ import lm_eval
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.registry import get_aggregation
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
@@ -186,11 +187,18 @@ def _stock_suite(name: str, tasks: dict[str, Any]) -> Suite:
                 break
         flag = bool(better[metric])
         shots = int(object_.config.num_fewshot or 0)
-        listed.append(Task(task, metric, flag, None, task, shots=shots))
+        listed.append(Task(task, metric_name(object_, metric), flag, None, task, shots=shots))
     title = f"{name} as lm-eval ships it"
     # A corpus' score and a share of right answers have no common mean.
     apart = len(listed) > 1 and any(task.metric in CORPUS_METRICS for task in listed)
     return Suite(name, title, tuple(listed), rule="apart" if apart else "macro")
+
+
+def metric_name(task: Any, metric: str) -> str:
+    """A metric's name in records: lm-eval's, but `mean_bleu` for a mean of items' own BLEU."""
+    if metric in CORPUS_METRICS and task.aggregation().get(metric) is not get_aggregation(metric):
+        return f"mean_{metric}"
+    return metric
 
 
 def _items(task: str, instances: Sequence[Instance]) -> Iterator[Item]:

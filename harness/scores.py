@@ -18,7 +18,7 @@ import pandas as pd
 
 from fusion.errors import RunError
 from harness.costs import written
-from harness.evaluate import Item, Loaded, packs
+from harness.evaluate import Item, Loaded, metric_name, packs
 from harness.hashing import definition_hash
 from harness.plan import Plan, Step
 from harness.progress import bar
@@ -108,7 +108,8 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
         answers = [request.filtered_resps[filter_name] for request in item.requests]
         extracted = answers[0] if isinstance(answers[0], str) else None
         outcome = _outcome(loaded, item, record, answers)
-        for metric, value in object_.process_results(item.doc, answers).items():
+        for said_as, value in object_.process_results(item.doc, answers).items():
+            metric = metric_name(object_, said_as)
             weight, counts = 1.0, None
             if metric == "bits_per_byte":
                 total, weight = value

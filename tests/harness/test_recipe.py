@@ -156,6 +156,19 @@ def test_overrides_go_through_the_same_door() -> None:
         assert expected in str(caught.value), override
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("sources:\n", "sources:\n  1: {path: x}\n", "sources.1"),
+        ("weights: [1, 2]", "1: 2", "'linear' has no such parameter"),
+    ],
+)
+def test_keys_that_are_no_words_are_told_with_the_rest(old: str, new: str, expected: str) -> None:
+    message = problems(GOOD.replace(old, new).replace("reference: clm", "reference: cml"))
+    assert expected in message
+    assert "'cml' is no row here" in message
+
+
 def test_a_matrix_expands_to_named_rows() -> None:
     text = GOOD.replace(
         "clm_weight: 0.9}}}",
