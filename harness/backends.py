@@ -25,7 +25,8 @@ class StockLM:
     """A model of lm-eval's, asked as ours is.
 
     engine: what computed the scores. notes: what a report should say of it. forward_tokens: tokens
-    of all that was asked and generated; how often the model read them is not known.
+    of all that was asked and generated; how often the model read them is not known. device: where
+    the model is; None where lm-eval's model finds that by itself.
     """
 
     def __init__(self, folder: str, backend: str, dtype: str, device: str, seed: int) -> None:
@@ -39,6 +40,7 @@ class StockLM:
                 "measure with backend: kfuse or hf"
             ) from error
         self.seed = seed
+        self.device = device if backend == "hf" else None
         self.forward_tokens = 0
         self.engine = {"name": backend, "dtype": dtype, "torch": torch.__version__, **libraries}
         self.notes = [f"scored by lm-eval's {backend}, as the recipe asks"]

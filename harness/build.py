@@ -69,7 +69,7 @@ def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
 
 def _carry_out(plan: Plan, step: Step) -> None:
     say(f"{step.kind} {step.name} → {step.folder.name}" + (" (going on)" if step.started else ""))
-    meter = Meter(_gpus(plan, step))
+    meter = Meter(_gpus(plan, step), here=step.kind != "train" or not _launches(plan))
     try:
         step.folder.mkdir(parents=True, exist_ok=True)
         if step.disk:
@@ -95,9 +95,16 @@ def _carry_out(plan: Plan, step: Step) -> None:
 
 def _gpus(plan: Plan, step: Step) -> int:
     """How many GPUs a stage holds: one for each process of those that run models."""
-    if step.kind not in ("capture", "train") or not device(plan).startswith("cuda"):
+    models = ("capture", "train", "statistics")
+    if step.kind not in models or not device(plan).startswith("cuda"):
         return 0
     return plan.recipe.machine.processes if step.kind == "train" else 1
+
+
+def _launches(plan: Plan) -> bool:
+    """Whether training runs in processes of its own."""
+    machine = plan.recipe.machine
+    return machine.processes > 1 or machine.deepspeed is not None
 
 
 def _fetch(plan: Plan, step: Step) -> dict[str, Any]:
@@ -306,13 +313,13 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
         },
     }
     write_json(step.folder / "job.json", job)
-    if machine.processes == 1 and not machine.deepspeed:
+    if _launches(plan):
+        launch(step.folder / "job.json", machine.processes)
+        facts: dict[str, Any] = {"processes": machine.processes}
+    else:
         from fusion.training import train as run
 
-        facts: dict[str, Any] = dict(run(job))
-    else:
-        launch(step.folder / "job.json", machine.processes)
-        facts = {"processes": machine.processes}
+        facts = dict(run(job))
     facts |= {"budget_flops": flops} if flops else {}
     return facts | ({"won": _won(train.fuse, job)} if train.fuse else {})
 

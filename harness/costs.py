@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +20,31 @@ from fusion.spec import Train
 from harness.steps import Plan, Step, root
 
 if TYPE_CHECKING:
-    from fusion.flops import FlopCounter
+    from fusion.flops import FlopCounter, Size
 
 
 class Meter:
     """Wall, CPU and GPU seconds and peak memory from now on.
 
     cpu_seconds: of this process and its finished children, all threads. gpu_seconds: wall time
-    times the GPUs held, as GPU hours are counted; 0 where none is. peak_memory_bytes: resident
-    memory of the largest process. An interrupted run's share is not known.
+    times the GPUs held, as GPU hours are counted; 0 where none is, None where that is not known.
+    peak_memory_bytes: resident memory of the largest process. An interrupted run's share is not
+    known.
+
+    here: whether this process holds them; what others hold there is not known, and left out.
     """
 
-    def __init__(self, gpus: int = 0) -> None:
-        self.gpus = gpus
+    def __init__(self, gpus: int | None = 0, here: bool = True) -> None:
+        self.gpus, self.here = gpus, here
         self.wall, self.cpu = time.monotonic(), _cpu_seconds()
         _forget_peak()
         self.children = _children_peak()
-        if gpus:
+        if gpus and here:
             import torch
 
-            torch.cuda.reset_peak_memory_stats()
+            # Before the first model is loaded there is no peak, and no device to ask for one.
+            for number in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+                torch.cuda.reset_peak_memory_stats(number)
 
     def cost(self) -> dict[str, Any]:
         """What has been spent since the beginning."""
@@ -48,13 +54,14 @@ class Meter:
         out = {
             "seconds": round(wall, 3),
             "cpu_seconds": round(_cpu_seconds() - self.cpu, 3),
-            "gpu_seconds": round(wall * self.gpus, 3),
+            "gpu_seconds": None if self.gpus is None else round(wall * self.gpus, 3),
             "peak_memory_bytes": peak,
         }
-        if self.gpus:
+        if self.gpus and self.here:
             import torch
 
-            out["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+            each = map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
+            out["peak_gpu_memory_bytes"] = max(each)
         return out
 
 
@@ -92,17 +99,23 @@ def _bytes(maxrss: int) -> int:
 def counting(lm: Any) -> Iterator[list[FlopCounter]]:
     """A counter for the model of an lm-eval model, or for each of an ensemble's members.
 
-    None for a member that is no model of this process.
+    None for a member that is no model of this process; members that are one model share a counter.
     """
     from fusion.flops import FlopCounter
 
     members: list[Any] = [getattr(member, "model", None) for member in getattr(lm, "members", [lm])]
-    counters = [FlopCounter(model) for model in members if hasattr(model, "base_model")]
+    models = [model for model in members if hasattr(model, "base_model")]
+    counters = {key: FlopCounter(model) for key, model in {id(m): m for m in models}.items()}
     try:
-        yield counters
+        yield [counters[id(model)] for model in models]
     finally:
-        for counter in counters:
+        for counter in counters.values():
             counter.remove()
+
+
+def flops(counters: Sequence[FlopCounter]) -> int:
+    """FLOPs so far, each counter once."""
+    return sum(counter.flops for counter in {id(each): each for each in counters}.values())
 
 
 def spent_on(counters: Sequence[FlopCounter], before: int) -> dict[str, int | None]:
@@ -110,14 +123,19 @@ def spent_on(counters: Sequence[FlopCounter], before: int) -> dict[str, int | No
     if not counters:
         return {"flops": None, "flops_per_token": None}
     return {
-        "flops": sum(counter.flops for counter in counters) - before,
+        "flops": flops(counters) - before,
         "flops_per_token": sum(counter.size.per_token for counter in counters),
     }
 
 
-def gpus(counters: Sequence[FlopCounter]) -> int:
-    """The GPUs that the models are on."""
-    return len({str(c.device) for c in counters if c.device.type == "cuda"})
+def gpus(counters: Sequence[FlopCounter], lm: Any = None) -> int | None:
+    """The GPUs that the models are on; without counters as `lm.device` says, else not known."""
+    import torch
+
+    if counters or not torch.cuda.is_available():
+        return len({str(c.device) for c in counters if c.device.type == "cuda"})
+    device = getattr(lm, "device", None)
+    return None if device is None else int(str(device).startswith("cuda"))
 
 
 def written(folder: Path) -> int:
@@ -138,7 +156,35 @@ def counted(plan: Plan, step: Step) -> dict[str, Any]:
         train = plan.recipe.variants[step.rows[0]].train
         assert train
         return _trained(plan, step, train)
+    if step.kind == "statistics":
+        return _collected(plan, step)
     return {"flops": None, "tokens": step.tokens}
+
+
+def _collected(plan: Plan, step: Step) -> dict[str, Any]:
+    """Of statistics: readings, and gradients where they are taken; their own sums are left out."""
+    content = step.content
+    blocks = _blocks(plan, content["corpus"])[: content["blocks"]]
+    if content["statistics"] == "fisher":  # piece by piece; one token alone predicts nothing
+        blocks = [[piece] for block in blocks for piece in block]
+    lengths = source_lengths(plan, content["row"], blocks)
+    if content["statistics"] == "fisher":
+        lengths = [length for length in lengths if length > 1]
+    own = _size(plan, content["row"])
+    return {"flops": collecting(content["statistics"], own, lengths), "tokens": sum(lengths)}
+
+
+def collecting(statistics: str, size: Size, lengths: Sequence[int]) -> int:
+    """FLOPs of the models in taking statistics over rows of these lengths.
+
+    fisher: forward and backward. gram: forward, up to the head. What is done with gradients and
+    inputs is left out.
+    """
+    from fusion.flops import forward, training
+
+    if statistics == "fisher":
+        return training(size, lengths)
+    return forward(replace(size, head=0), lengths)
 
 
 def _trained(plan: Plan, step: Step, train: Train) -> dict[str, Any]:

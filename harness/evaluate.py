@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
 from fusion.flops import FlopCounter
-from harness.costs import Meter, counting, gpus, spent_on
+from harness.costs import Meter, counting, flops, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
@@ -275,8 +275,8 @@ def unfinished(step: Step, loaded: Loaded, shard: int = 0, shards: int = 1) -> b
 def _measure_pack(
     folder: Path, pack: Pack, protocol: str, lm: Any, counters: Sequence[FlopCounter]
 ) -> None:
-    meter, before = Meter(gpus(counters)), lm.forward_tokens
-    counted = sum(counter.flops for counter in counters)
+    meter, before = Meter(gpus(counters, lm)), lm.forward_tokens
+    counted = flops(counters)
     records = [
         _record(item, found) | {"protocol": protocol} for item, found in _ask(lm, pack.items)
     ]

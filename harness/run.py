@@ -219,7 +219,7 @@ def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
     disk = sum(s.disk for s in waiting) / 2**30
     far = sum(s.kind == "fetch" and "absent" in s.folder.parts for s in waiting)
     unknown = f" and {far} models of the hub" if far else ""
-    lines = [f"  {s.kind:<8} {s.name:<28} {s.folder.name}" for s in waiting]
+    lines = [f"  {s.kind:<10} {s.name:<28} {s.folder.name}" for s in waiting]
     return "\n".join(
         [
             captured.get().rstrip(),

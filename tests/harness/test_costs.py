@@ -5,20 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from fusion.corpus import read_blocks, text_bytes
 from fusion.distributions import open_store
 from fusion.flops import forward, size, training
 from fusion.measures import bits_per_byte
 from fusion.models import load_model
-from harness.build import build
-from harness.costs import Meter, source_lengths
+from harness.build import _gpus, build
+from harness.costs import Meter, counting, flops, gpus, source_lengths, spent_on
 from harness.measuring import measure_rows
 from harness.plan import Plan, plan
 from harness.recipe import Loaded, parse
@@ -209,3 +212,71 @@ def test_a_meter_sees_time_work_and_a_peak_that_has_passed() -> None:
     assert after["peak_memory_bytes"] - before["peak_memory_bytes"] > 200 << 20
     # A new one begins with a new peak.
     assert Meter().cost()["peak_memory_bytes"] < after["peak_memory_bytes"] - (100 << 20)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("fisher", 3), ("regmean", 1)])
+def test_statistics_cost_what_the_model_reads(
+    method: str, passes: int, home: Path, tiny: dict[str, Path]
+) -> None:
+    merge = f"{{merge: {{inputs: [a, b], method: {method}, parameters: {{blocks: 2}}}}}}"
+    text = f"""
+sources: {{a: {{path: "tiny:llama"}}, b: {{path: {tiny["llama"]}}}}}
+corpus: {{path: "tiny:corpus", blocks: 64, tokens: 320}}
+variants: {{m: {merge}}}
+evaluate: {{suites: [tiny_choice]}}
+reference: a
+"""
+    made = plan(parse(text, "r"), home)
+    assert build(made, ["m"]) == {}
+    step = steps(made, "statistics")[0]
+    found = read_manifest(step.folder)
+    assert found
+    facts, cost = found["facts"], found["cost"]
+    # Of a sequence of T tokens, T - 1 are predicted.
+    read = facts["tokens"] + (facts["sequences"] if method == "fisher" else 0)
+    assert cost["tokens"] == read
+    folder = made.folders["a"]
+    assert folder
+    own = size(load_model(folder))
+    weights = own.body + (own.head if method == "fisher" else 0)
+    least = passes * 2 * weights * read
+    assert least < cost["flops"] <= least + passes * 4 * own.attention * 64 * read
+    assert _gpus(made, step) == 0
+
+
+def test_members_that_are_one_model_are_counted_once(tiny: dict[str, Path]) -> None:
+    model = load_model(tiny["llama"])
+    member = SimpleNamespace(model=model)
+    with counting(SimpleNamespace(members=[member, member])) as twice, counting(member) as once:
+        model(torch.tensor([[5, 6, 7]]))
+    assert flops(twice) == flops(once) > 0
+    assert spent_on(twice, 0)["flops_per_token"] == 2 * once[0].size.per_token
+
+
+def test_what_gpus_hold_is_of_all_devices_and_unknown_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, built: Plan
+) -> None:
+    held, forgotten = {0: 0, 1: 700}, []
+    fakes = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 2,
+        "max_memory_allocated": held.__getitem__,
+        "reset_peak_memory_stats": forgotten.append,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert Meter(1).cost()["peak_gpu_memory_bytes"] == 700
+    assert forgotten == [0, 1]
+    # What torchrun's processes hold is theirs to know.
+    cost = Meter(2, here=False).cost()
+    assert "peak_gpu_memory_bytes" not in cost
+    assert cost["gpu_seconds"] is not None
+    assert Meter(None).cost()["gpu_seconds"] is None
+    assert gpus([], SimpleNamespace(device="cuda:1")) == 1
+    assert gpus([], SimpleNamespace(device="cpu")) == 0
+    assert gpus([], SimpleNamespace(device=None)) is None
+    (step,) = (step for step in steps(built, "train") if step.name == "town")
+    assert _gpus(built, step) == 1
+    assert _gpus(built, replace(step, kind="statistics")) == 1
+    assert _gpus(built, replace(step, kind="merge")) == 0
