@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -37,6 +37,11 @@ def references(configuration: Mapping[str, Any]) -> list[str]:
     found = [value for key, value in _strings(configuration) if key == "model"]
     base = configuration.get("base_model")
     return [m for m in dict.fromkeys(found) if m != base] + ([base] if base else [])
+
+
+def reshapes(given: Mapping[str, Any] | None) -> bool:
+    """Whether a configuration may give a model of another depth or tokenizer than its models'."""
+    return any(key in (given or ()) for key in _OTHER_SHAPES)
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -89,9 +94,10 @@ def version() -> str:
     first = content.split(b"\n", 1)[0].decode(errors="replace")
     if first.startswith("#!") and "python" in first:
         ask = "import importlib.metadata as m; print(m.version('mergekit'))"
-        done = subprocess.run([*first[2:].split(), "-c", ask], capture_output=True, text=True)
-        if done.returncode == 0:
-            return done.stdout.strip()
+        with suppress(OSError):  # an interpreter that is gone; its run will say so
+            done = subprocess.run([*first[2:].split(), "-c", ask], capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stdout.strip()
     return f"program-{sha256(content).hexdigest()[:8]}"
 
 
@@ -145,7 +151,7 @@ def _fitting(given: Mapping[str, Any], folders: Mapping[str, Path], origin: Path
     ordered = dict(sorted(folders.items(), key=lambda pair: pair[1] != origin))
     with ExitStack() as stack:
         named = {name: Checkpoint(folder, stack) for name, folder in ordered.items()}
-        if not any(key in given for key in _OTHER_SHAPES):
+        if not reshapes(given):
             refuse_mismatches(named, read_config(origin))
         return differences(named)
 

@@ -99,6 +99,14 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config)
 
 
+def vocabulary_size(folder: Path) -> int:
+    """Rows of a model's output head."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    return int(config.vocab_size)
+
+
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids a model takes; it may be more than its tokenizer has."""
     return cast("Tensor", model.get_input_embeddings().weight).shape[0]

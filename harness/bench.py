@@ -30,6 +30,7 @@ from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
 from harness.bench_ensembles import ensembles
 from harness.bench_merging import merging
+from harness.bench_report import report
 from harness.build import build, device, model_folder
 from harness.parity import parity
 from harness.peers import scoring
@@ -208,6 +209,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "parity": parity,
     "ensembles": ensembles,
     "merging": merging,
+    "report": report,
 }
 
 

@@ -6,17 +6,16 @@ that row, and what depends on it, "not built" with the reason; the other rows go
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import RunError
+from fusion.errors import RecipeError, RunError
 from fusion.spec import Fuse, Merge
 from harness.costs import Meter, budget, counted, written
+from harness.launching import launch
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say
 from harness.store import (
@@ -45,7 +44,7 @@ def build(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
             continue
         try:
             _carry_out(plan, step)
-        except RunError as error:
+        except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
             failed[step.identity] = f"{step.kind} {step.name} failed: {error}"
             say(f"{step.kind} {step.name}: {error}")
     return {row: failed[plan.identities[row]] for row in rows if plan.identities[row] in failed}
@@ -226,7 +225,7 @@ def _map(plan: Plan, step: Step) -> dict[str, Any]:
     from scipy import sparse
 
     from fusion.corpus import read_blocks
-    from fusion.models import load_tokenizer
+    from fusion.models import load_tokenizer, vocabulary_size
     from fusion.tokens import fingerprint
     from fusion.vocabulary import build as build_map
     from fusion.vocabulary import count_pairs
@@ -266,14 +265,6 @@ def _told(items: Sequence[Any], progress: Callable[[int], None]) -> Iterator[Any
     for number, item in enumerate(items):
         progress(number)
         yield item
-
-
-def vocabulary_size(folder: Path) -> int:
-    """Rows of a model's output head."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
-    return int(config.vocab_size)
 
 
 def _train(plan: Plan, step: Step) -> dict[str, Any]:
@@ -334,28 +325,6 @@ def _won(fuse: Fuse, job: Mapping[str, Any]) -> dict[str, int] | None:
 
     stores = [open_store(source["store"]) for source in job["sources"]]
     return dict(zip(fuse.sources, won(stores, read_blocks(Path(job["corpus"]))), strict=True))
-
-
-def launch(job: Path, processes: int) -> None:
-    """Run a training job in several processes; RunError with the end of its output if it fails."""
-    # torchrun, because accelerate's own launcher starts several CPU processes only through MPI.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes)]
-    root = str(Path(__file__).resolve().parent.parent)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    environment |= {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    log = job.with_name("training.log")
-    with log.open("w") as out:
-        done = subprocess.run(
-            [*command, "-m", "fusion.training", str(job)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-    if done.returncode:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RunError(f"training ended with {done.returncode}; {log} ends:\n{end}")
 
 
 def _statistics(plan: Plan, step: Step) -> dict[str, Any]:

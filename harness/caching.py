@@ -15,6 +15,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from fusion.models import hidden_states
 
+ROOM = 128  # slots that a repeated row has beside what it has read
+
 
 class _Reserved(DynamicLayer):
     """A cache layer that grows in large steps; the library's copies itself for every token."""
@@ -48,6 +50,14 @@ class _Reserved(DynamicLayer):
         """Forget all but the first slots."""
         self.used = slots
         self.keys, self.values = (room[..., :slots, :] for room in self.room)
+
+    def repeat(self, rows: int) -> None:
+        """So many rows of the one that is here, with room for what they read next."""
+        for place, states in enumerate((self.keys, self.values)):
+            room = states.new_empty((rows, states.shape[1], self.used + ROOM, states.shape[3]))
+            room[..., : self.used, :] = states
+            self.room[place] = room
+        self.keys, self.values = (room[..., : self.used, :] for room in self.room)
 
     def choose(self, rows: Tensor | None, slots: Tensor | None) -> None:
         """Keep these rows and slots only."""
@@ -100,7 +110,11 @@ class GrowingCache:
         """Another cache of this many rows, all with what the one row has read."""
         out = copy.copy(self)
         out.cache = copy.deepcopy(self.cache)
-        out.keep(torch.zeros(rows, dtype=torch.long, device=self.valid.device))
+        for layer in out.cache.layers:
+            assert isinstance(layer, _Reserved)
+            layer.repeat(rows)
+        out.valid, out.positions = (x.repeat(rows, 1) for x in (self.valid, self.positions))
+        out.lengths = self.lengths.repeat(rows)
         return out
 
     def beside(self, ids_Q: Tensor, positions_Q: Tensor, allowed_QQ: Tensor) -> Tensor:

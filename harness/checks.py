@@ -45,7 +45,7 @@ def names(raw: Mapping) -> Problems:
     for name in variants:
         if name in sources:
             yield f"variants.{name}", "a source has this name already"
-        kinds = [k for k in KINDS if (variants[name] or {}).get(k)]
+        kinds = [k for k in KINDS if _mapping(variants, name).get(k)]
         if isinstance(variants[name], dict) and len(kinds) != 1:
             yield f"variants.{name}", f"needs exactly one of {', '.join(KINDS)}"
     if not isinstance(raw.get("corpus"), dict) and any(k == "train" for _, k, _ in _variants(raw)):
@@ -142,12 +142,18 @@ def methods(raw: Mapping) -> Problems:
             from fusion.merging import MERGE_METHODS, needs_base
             from fusion.merging import parameters as merge_parameters
 
+            yield from _merged(at, section)
             if str(section.get("method")).startswith("mergekit:"):
                 yield from _mergekit(at, section)
                 continue
             yield from _method(f"{at}.method", section, "method", MERGE_METHODS, merge_parameters)
             method = section.get("method")
-            if method in MERGE_METHODS and needs_base(method) and not section.get("base"):
+            if (
+                isinstance(method, str)
+                and method in MERGE_METHODS
+                and needs_base(method)
+                and not section.get("base")
+            ):
                 yield f"{at}.base", f"missing: '{method}' works on changes against a base"
         elif kind == "ensemble":
             from harness.rules import ENSEMBLE_RULES
@@ -164,7 +170,7 @@ def _weighed(path: str, ensemble: Mapping) -> Problems:
     rule, given = ensemble.get("rule"), ensemble.get("parameters") or {}
     weights, level = ensemble.get("weights"), ensemble.get("level")
     right = isinstance(given, dict) and all(isinstance(v, int | float) for v in given.values())
-    if rule not in ENSEMBLE_RULES or not right:
+    if not isinstance(rule, str) or rule not in ENSEMBLE_RULES or not right:
         return
     if weights is not None and not (
         isinstance(weights, list) and all(isinstance(w, int | float) for w in weights)
@@ -246,6 +252,22 @@ def _unfit(path: str, fuse: Mapping) -> Problems:
         yield f"{path}.level", "nats a token mean nothing below a document: block or document"
 
 
+def _merged(at: str, section: Mapping) -> Problems:
+    """Values of a merge's parameters that can be told wrong before anything is trained for it."""
+    given, count = _mapping(section, "parameters"), len(_list(section, "inputs"))
+    floor, seed = given.get("floor", 1), given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        yield f"{at}.parameters.seed", f"{seed!r} is not right; should be a whole number"
+    if str(section.get("method")).startswith("mergekit:"):
+        return  # what else they say is mergekit's
+    for key in ("weights", "density"):
+        value = given.get(key)
+        if isinstance(value, list) and count and len(value) != count:
+            yield f"{at}.parameters.{key}", f"{len(value)} for {count} inputs; give one for each"
+    if isinstance(floor, int | float) and not floor > 0:
+        yield f"{at}.parameters.floor", f"{floor} is not right; should be greater than 0"
+
+
 def _mergekit(at: str, section: Mapping) -> Problems:
     """What kfuse does not do for mergekit; its methods and their parameters are its own."""
     if section.get("pad"):
@@ -309,6 +331,11 @@ def suites(raw: Mapping) -> Problems:
             yield where, f"{value} is not right; should be greater than 0"
     if evaluate.get("backend") == "vllm" and _mapping(raw, "machine").get("shards", 1) != 1:
         yield "machine.shards", "backend vllm runs in one process only: 1"
+    if evaluate.get("backend") == "vllm":
+        for name, kind, _ in _variants(raw):
+            if kind == "repeat":
+                what = "backend vllm forms its batches itself, so that none is of half the size"
+                yield f"variants.{name}.repeat", f"{what}; leave it out, or use kfuse or hf"
 
 
 def close(word: str, known: Sequence[str]) -> str:

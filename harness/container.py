@@ -33,7 +33,7 @@ from harness.sandbox import Limits, Outcome, Tier
 PROGRAMS = ("docker", "podman")
 STARTING = 60.0  # seconds that a container may take to start and to go on a busy machine
 WORK = "/tmp"
-HELPERS = 3  # processes of the shell that starts the program
+SHELLS = 3  # processes of the shell that starts the program
 
 # $1: the secret word, $2: seconds, $3: KiB of address space or nothing; the rest is the program.
 SHELL = """
@@ -97,7 +97,7 @@ def command_line(
 ) -> list[str]:
     """How the runtime is called; options that docker and podman understand alike."""
     uid = 20_000 + secrets.randbelow(40_000)  # in what a rootless runtime has, and nobody's
-    processes = limits.processes + HELPERS
+    processes = limits.processes + SHELLS
     space = str(limits.memory_bytes >> 10) if limits.limit_address_space else ""
     bounds = {
         "cpu": f"{limits.cpu_seconds}:{limits.cpu_seconds + 1}",

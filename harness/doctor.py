@@ -95,9 +95,9 @@ def languages() -> Iterator[str]:
         yield f"no program of any language can be judged: {error}"
         return
     yield f"{'language':<12} {'version':<12} {'tier':<10} {'seconds':>7}  canaries"
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         keys = ("py", *LANGUAGES)
-        for key, found in zip(keys, pool.map(lambda key: fitness(key, tier), keys), strict=True):
+        for key, found in zip(keys, threads.map(lambda key: fitness(key, tier), keys), strict=True):
             seconds = "" if math.isnan(found.seconds) else f"{found.seconds:.2f}"
             state = (found.reason or "ok").strip().replace("\n", " ")
             version = found.version or "none"

@@ -389,17 +389,3 @@ def write_as_lm_eval(loaded: Loaded, model: str, folder: Path) -> None:
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-
-
-__all__ = [
-    "Item",
-    "Loaded",
-    "Pack",
-    "answer",
-    "load",
-    "measure",
-    "packs",
-    "sample",
-    "unfinished",
-    "write_as_lm_eval",
-]

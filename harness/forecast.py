@@ -17,6 +17,7 @@ from fusion.errors import RunError
 from harness.evaluate import Item, Loaded
 from harness.steps import Plan, Step, root
 from harness.store import existing
+from reports.corpus import CORPUS_METRICS
 
 if TYPE_CHECKING:
     from fusion.flops import Size
@@ -27,6 +28,7 @@ PACK = 64  # questions that share one reading of what all of a task's prompts be
 DISAGREE = (0.05, 0.20)  # shares of items on which two rows differ, between which most pairs lie
 RECORD = 1_500  # bytes of an item's record; more than any of the quickstart's
 BYTES = {"float32": 4, "bfloat16": 2}
+UNLIKE = {"bits_per_byte", *CORPUS_METRICS}  # whose items are not right or wrong
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Questions:
     read: dict[str, float]  # tokens by root source; reading prompts and choices once
     written: int  # tokens at most
     reason: str = ""  # why nothing is known
+    alone: tuple[tuple[str, int, tuple[float, float] | None], ...] = ()  # tasks without an average
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class Forecast:
 def gib(size: int) -> str:
     """Bytes in GiB, one decimal."""
     return f"{size / 2**30:.1f}"
+
+
+Sizes = dict[str, "tuple[Size, int] | None"]  # by source: its size and number of weights
 
 
 def forecast(plan: Plan, steps: Sequence[Step], *, calibrate: bool = True) -> Forecast:
@@ -145,8 +151,6 @@ def _model(plan: Plan, row: str) -> tuple[Size, int] | None:
 
 
 def _questions(plan: Plan, measuring: Any, step: Step) -> Questions:
-    from reports.statistics import minimum_detectable_effect
-
     try:
         loaded: Loaded = measuring.suite(step)
     except RunError as error:
@@ -160,12 +164,23 @@ def _questions(plan: Plan, measuring: Any, step: Step) -> Questions:
     for name in dict.fromkeys(root(plan.recipe, row) for row in plan.recipe.rows):
         count = _counter(plan, name)
         read[name] = sum(_read(sampled[task], len(items), count) for task, items in by_task.items())
-    binary = all(t.metric != "bits_per_byte" for t in loaded.suite.tasks)
-    share = sum(1 / len(items) for items in by_task.values()) / len(by_task) ** 2
-    low, high = (minimum_detectable_effect(d * share, 1) for d in DISAGREE)
-    total = sum(loaded.totals.values())
-    shown = (low, high) if binary else None
+    total, suite = sum(loaded.totals.values()), loaded.suite
+    sizes = {task.title: len(by_task[task.name]) for task in suite.tasks if task.name in by_task}
+    right = {task.title for task in suite.tasks if task.metric not in UNLIKE}
+    if suite.rule == "apart":  # no average: each task stands for itself
+        alone = tuple((t, n, _shown([n]) if t in right else None) for t, n in sizes.items())
+        return Questions(step.name, len(loaded.items), total, None, read, written, alone=alone)
+    shown = _shown(list(sizes.values())) if right >= set(sizes) else None
     return Questions(step.name, len(loaded.items), total, shown, read, written)
+
+
+def _shown(sizes: Sequence[int]) -> tuple[float, float]:
+    """The smallest gains of an unweighted mean over tasks of these sizes, for DISAGREE."""
+    from reports.statistics import minimum_detectable_effect
+
+    share = sum(1 / n for n in sizes) / len(sizes) ** 2
+    low, high = (minimum_detectable_effect(d * share, 1) for d in DISAGREE)
+    return low, high
 
 
 def _counter(plan: Plan, row: str) -> Any:
@@ -201,7 +216,7 @@ def _texts(item: Item) -> list[str]:
 def _written(items: Sequence[Item]) -> int:
     """Tokens that items may write at most."""
     return sum(
-        int(request.args[1].get("max_gen_toks", 256)) * int(request.args[1].get("repeats", 1))
+        int(request.args[1].get("max_gen_toks", 256)) * int(request.repeats or 1)
         for item in items
         for request in item.requests
         if request.request_type == "generate_until"
@@ -211,7 +226,7 @@ def _written(items: Sequence[Item]) -> int:
 def _work(
     plan: Plan,
     step: Step,
-    sizes: dict[str, tuple[Size, int] | None],
+    sizes: Sizes,
     questions: dict[str, Questions],
     rates: dict[str, Rates],
 ) -> Work:
@@ -220,29 +235,78 @@ def _work(
     tokens = flops = seconds = memory = None
     row = step.content.get("row", step.rows[0])
     known = sizes.get(root(plan.recipe, row))
-    if step.kind in ("capture", "train"):
+    if step.kind in ("capture", "train", "statistics"):
         tokens = step.tokens
-        if known and plan.recipe.corpus:
-            flops, dtype = _computed(plan, step, known[0])
-            kind = "train" if step.kind == "train" else "read"
-            seconds = flops / getattr(rates[dtype], kind) if dtype in rates else None
-    if known and step.kind == "train":
-        # Weights, gradients and AdamW's two moments in float32; activations come on top.
-        memory = 16 * known[1] // max(1, plan.recipe.machine.processes)
+        flops = _computed(plan, step, sizes) if known and plan.recipe.corpus else None
+        dtype = _dtype(plan, step)
+        if flops is not None and dtype in rates:
+            reads = step.kind == "capture" or step.content.get("statistics") == "gram"
+            seconds = flops / (rates[dtype].read if reads else rates[dtype].train)
+    if known and step.kind in ("train", "statistics"):
+        memory = _trained(plan, step, known[1])
     elif known and step.kind == "capture":
         memory = BYTES[_dtype(plan, step)] * known[1]
     return Work(step.kind, step.name, tokens, flops, seconds, step.disk, memory)
 
 
-def _computed(plan: Plan, step: Step, size: Size) -> tuple[int, str]:
-    """FLOPs of a capture or a training over full blocks, and the dtype of its arithmetic."""
-    from fusion.flops import forward, training
+def _trained(plan: Plan, step: Step, weights: int) -> int:
+    """Bytes that training keeps at least: weights, gradients, AdamW's two moments in float32.
 
+    Several processes hold all of it each unless DeepSpeed shares it out; on a CPU they share one
+    memory. Statistics keep no moments but one square a weight. Activations come on top.
+    """
+    from harness.build import device
+
+    if step.kind == "statistics":
+        return 12 * weights
+    machine = plan.recipe.machine
+    shared = 1 if machine.deepspeed is None else machine.processes
+    beside = machine.processes if device(plan) == "cpu" else 1
+    return 16 * weights * beside // shared
+
+
+def _computed(plan: Plan, step: Step, sizes: Sizes) -> int | None:
+    """FLOPs over full blocks; None where a model that counts is not here.
+
+    A row with a budget takes what the other row and its sources take.
+    """
+    from fusion.flops import forward, training
+    from harness.costs import collecting
+
+    def of(row: str) -> Size | None:
+        known = sizes.get(root(plan.recipe, row))
+        return known[0] if known else None
+
+    own = of(step.content.get("row", step.rows[0]))
+    variant = plan.recipe.variants.get(step.rows[0])
+    train = variant.train if variant and step.kind == "train" else None
+    if train and train.budget:
+        rival = plan.recipe.variants[train.budget].train
+        assert rival
+        own, train = of(rival.init), rival
+    if own is None:
+        return None
+    lengths = _lengths(plan, step.tokens if train is None else step.tokens // train.epochs)
+    if step.kind == "statistics":
+        return collecting(step.content["statistics"], own, lengths)
+    if train is None:
+        return forward(own, lengths)
+    total = train.epochs * training(own, lengths)
+    fuse = train.fuse
+    if fuse and (fuse.online or variant and variant.train is not train):
+        found = [of(row) for row in fuse.sources]
+        if any(one is None for one in found):
+            return None
+        total += sum(forward(one, lengths) for one in found if one)
+    return total
+
+
+def _lengths(plan: Plan, tokens: int) -> list[int]:
+    """Full blocks of so many tokens, and what is left."""
     corpus = plan.recipe.corpus
     assert corpus
-    whole, rest = divmod(step.tokens, corpus.blocks)
-    lengths = [corpus.blocks] * whole + [rest] * (rest > 0)
-    return (training if step.kind == "train" else forward)(size, lengths), _dtype(plan, step)
+    whole, rest = divmod(tokens, corpus.blocks)
+    return [corpus.blocks] * whole + [rest] * (rest > 0)
 
 
 def _dtype(plan: Plan, step: Step) -> str:
@@ -255,7 +319,7 @@ def _dtype(plan: Plan, step: Step) -> str:
 def _measurement(
     plan: Plan,
     step: Step,
-    sizes: dict[str, tuple[Size, int] | None],
+    sizes: Sizes,
     asked: Questions,
     rates: dict[str, Rates],
 ) -> Work:

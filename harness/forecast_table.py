@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from harness.forecast import DISAGREE, Forecast, Work, gib
 
+UNKNOWN = "not known before it is measured"
+
 
 def table(found: Forecast) -> str:
     """Questions, work and sums for a terminal."""
@@ -18,13 +20,18 @@ def table(found: Forecast) -> str:
     for name in ("suite", "questions", shown, "tokens written, at most"):
         asked.add_column(name)
     for one in found.questions:
-        least = "not known before it is measured"
+        least = UNKNOWN
         if one.detectable:
             least = " / ".join(f"{100 * value:.1f} points" for value in one.detectable)
         cells = (f"{one.n:,} of {one.n_total:,}", least, f"{one.written:,}")
         if one.reason:
             cells = ("unknown", one.reason, "")
+        if one.alone:
+            cells = (cells[0], "no average: each task alone", cells[2])
         asked.add_row(one.suite, *cells)
+        for title, n, gain in one.alone:
+            text = " / ".join(f"{100 * value:.1f} points" for value in gain or ())
+            asked.add_row(f"  {title}", f"{n:,}", text or UNKNOWN, "")
     done = Table(title="What it will take", title_justify="left")
     for name in ("stage", "of", "tokens", "FLOPs", "time here", "disk", "memory"):
         done.add_column(name, justify="left" if name in ("stage", "of") else "right")
@@ -38,7 +45,7 @@ def table(found: Forecast) -> str:
             f"{gib(work.disk)} GiB",
             "–" if work.memory is None else f"{gib(work.memory)} GiB",
         )
-    console = Console(width=140)
+    console = Console(width=140, markup=False, emoji=False)  # names hold brackets
     with console.capture() as captured:
         if found.questions:
             console.print(asked)
@@ -79,7 +86,7 @@ def sums(found: Forecast) -> str:
     seconds = sum(work.seconds or 0 for work in found.work)
     flops = sum(work.flops or 0 for work in found.work)
     disk = sum(work.disk for work in found.work)
-    compute = [w for w in found.work if w.stage in ("capture", "train", "evaluate")]
+    compute = [w for w in found.work if w.stage in ("capture", "statistics", "train", "evaluate")]
     unknown = sum(work.flops is None for work in compute)
     line = (
         f"in all: about {duration(seconds)} on {found.where}, by a calibration that is good to a "

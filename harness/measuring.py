@@ -122,16 +122,11 @@ class Measuring:
     def _open(self, row: str) -> SharedPrefixLM | StockLM | EnsembleLM:
         variant = self.plan.recipe.variants.get(row)
         if variant is not None and variant.repeat:
-            model = self._model(variant.repeat.row)
-            model.batch_tokens = max(1, model.batch_tokens // 2)
-            model.generate_rows = max(1, model.generate_rows // 2)
+            model = self._alone(variant.repeat.row)
+            _halve_batches(model)
             return model
         if variant is None or variant.ensemble is None:
-            recipe, backend = self.plan.recipe, self.plan.recipe.evaluate.backend
-            if backend == "kfuse":
-                return self._model(row)
-            folder, place = str(model_folder(self.plan, row)), self.device or device(self.plan)
-            return StockLM(folder, backend, recipe.evaluate.dtype, place, recipe.seed)
+            return self._alone(row)
         ensemble = variant.ensemble
         maps = [
             load_map(step.folder / "map.npz")
@@ -146,6 +141,14 @@ class Measuring:
         parameters, weights = dict(ensemble.parameters), ensemble.weights
         return EnsembleLM(members, ensemble.rule, parameters, maps, weights, ensemble.level)
 
+    def _alone(self, row: str) -> SharedPrefixLM | StockLM:
+        """A row that is one model, by the backend that the recipe names."""
+        recipe, backend = self.plan.recipe, self.plan.recipe.evaluate.backend
+        if backend == "kfuse":
+            return self._model(row)
+        folder, place = str(model_folder(self.plan, row)), self.device or device(self.plan)
+        return StockLM(folder, backend, recipe.evaluate.dtype, place, recipe.seed)
+
     def _model(self, row: str) -> SharedPrefixLM:
         machine = self.plan.recipe.machine
         return SharedPrefixLM(
@@ -156,6 +159,15 @@ class Measuring:
             machine.generate_rows,
             seed=self.plan.recipe.seed,
         )
+
+
+def _halve_batches(model: SharedPrefixLM | StockLM) -> None:
+    """Let a model be asked in batches of half the size."""
+    if isinstance(model, StockLM):  # hf: vLLM forms its own
+        model.lm.batch_size_per_gpu = max(1, model.lm.batch_size_per_gpu // 2)
+    else:
+        model.batch_tokens = max(1, model.batch_tokens // 2)
+        model.generate_rows = max(1, model.generate_rows // 2)
 
 
 def load_suite_data(

@@ -56,10 +56,11 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices in order of length, at most `most` together, none shorter than half the longest."""
+    """Indices in order of length, at most `most` together, none shorter than two thirds of the
+    longest: padding is read for nothing."""
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if group and (len(group) == most or lengths[index] * 2 < lengths[group[0]]):
+        if group and (len(group) == most or lengths[index] * 3 < lengths[group[0]] * 2):
             yield group
             group = []
         group.append(index)

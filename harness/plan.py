@@ -106,12 +106,13 @@ def _source(out: Plan, name: str, source: Source) -> None:
         key = identity(content)
         folder = _place(out.home, "models", name, key)
         disk = 0 if path.startswith("tiny:") else 1_100_000_000
-        out.add(Step("fetch", name, folder, key, {"path": path}, rows=(name,), disk=disk))
+        step = Step("fetch", name, folder, key, {"path": path}, rows=(name,), disk=disk)
+        folder = out.add(step).folder
     else:
         folder, key = _ready_made(out.home, name, source)
         if not (folder / "config.json").is_file():
             content = {"path": path, "revision": source.revision}
-            out.add(Step("fetch", name, folder, key, content, rows=(name,)))
+            folder = out.add(Step("fetch", name, folder, key, content, rows=(name,))).folder
     out.identities[name], out.folders[name] = key, folder
     out.summaries[name] = f"source {path}" + (f"@{source.revision}" if source.revision else "")
 
@@ -167,10 +168,10 @@ def _variant(out: Plan, name: str) -> None:
         key = identity({"merge": content})
         folder = _place(out.home, "models", name, key)
         needs = (*(out.identities[i] for i in inputs(out.recipe, name)), *collected)
-        out.add(
+        step = out.add(
             Step("merge", name, folder, key, content, needs, (name,), disk=model_bytes(out, name))
         )
-        out.identities[name], out.folders[name] = key, folder
+        out.identities[name], out.folders[name] = key, step.folder
         out.summaries[name] = f"{merge.method} merge of {', '.join(merge.inputs)}"
     elif variant.repeat:
         row = variant.repeat.row
@@ -258,8 +259,8 @@ def _train(out: Plan, name: str, train: Train) -> None:
     folder = _place(home, "models", name, key)
     tokens = corpus.tokens * train.epochs
     disk = model_bytes(out, name)
-    out.add(Step("train", name, folder, key, content, tuple(needs), (name,), tokens, disk))
-    out.identities[name], out.folders[name] = key, folder
+    made = out.add(Step("train", name, folder, key, content, tuple(needs), (name,), tokens, disk))
+    out.identities[name], out.folders[name] = key, made.folder
     out.summaries[name] = summary
 
 
@@ -322,12 +323,12 @@ def planned_step(
 
 
 def tokenizer_identity(out: Plan, row: str) -> str:
-    """The identity of the source whose tokenizer a row carries."""
+    """The identity of the row whose tokenizer a row carries."""
     return out.identities[root(out.recipe, row)]
 
 
 def model_bytes(out: Plan, row: str) -> int:
-    """Bytes that a model made from this row's source takes, as far as is known."""
+    """Bytes that a model of this row's shape takes, as far as is known."""
     folder = out.folders.get(root(out.recipe, row))
     if folder is None or not folder.is_dir():
         return 1_100_000_000
@@ -350,7 +351,8 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
         "dtype": recipe.evaluate.dtype,
         "version": VERSIONS["evaluate"],
     }
-    if recipe.evaluate.backend != "kfuse" and out.folders[row]:
+    variant = recipe.variants.get(row)
+    if recipe.evaluate.backend != "kfuse" and not (variant and variant.ensemble):
         content["backend"] = recipe.evaluate.backend
     known = suite_of(suite)
     if known and known.executes_code:

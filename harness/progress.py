@@ -29,7 +29,7 @@ def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         )
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # names hold brackets
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -251,7 +251,10 @@ def _read_mergekit(raw: dict, problems: list[tuple[str, str]]) -> None:
         for key in ("inputs", "base", "method", "dtype"):
             if key in merge:
                 problems.append((f"{at}.{key}", "not beside mergekit, whose configuration says it"))
-        for key in [key for key in merge.get("parameters") or () if key != "seed"]:
+        parameters = merge.get("parameters")
+        for key in parameters if isinstance(parameters, dict) else ():
+            if key == "seed":
+                continue
             problems.append((f"{at}.parameters.{key}", "belongs into the mergekit configuration"))
         given = merge["mergekit"]
         if isinstance(given, str):

@@ -31,7 +31,7 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
     key = identity({"steps": list(plan.steps), "reference": recipe.reference})
     folder = plan.home / "reports" / f"{loaded.name}-{key[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {(s.rows[0], s.name): s for row in recipe.rows for s in plan.evaluations(row)}
+    runs = {(row, s.name): s for row in recipe.rows for s in plan.evaluations(row)}
     cells: dict[str, dict[str, Any]] = {}
     for row in recipe.rows:
         cells[row] = {}
@@ -218,9 +218,12 @@ def _target(plan: Plan, row: str) -> str | None:
 
 
 def _trained(plan: Plan, row: str) -> str | None:
-    """What a trained row's seeds have in common: a hash of its training but for the seed."""
+    """What a trained row's seeds have in common: a hash of its training but for the seed.
+
+    None for a row that is another one again: the same model twice is no second seed.
+    """
     variant = plan.recipe.variants.get(row)
-    if variant is None or variant.train is None:
+    if variant is None or variant.train is None or plan.twins(row)[0] != row:
         return None
     content = plan.steps[plan.identities[row]].content
     return identity({key: value for key, value in content.items() if key != "seed"})[:12]

@@ -176,6 +176,9 @@ def problems(
         out.append(("weights", f"{shown}: each should be a number from 0 on"))
     elif abs(sum(weights) - 1) > 1e-6:
         out.append(("weights", f"sum to {sum(weights):g}; they should sum to 1"))
+    elif (level or own.scoring) == "token" and weights[0] == 0 < max(weights) < 1:
+        # Its vocabulary is spoken: a token that no other map reaches would be impossible.
+        out.append(("weights", "the first member's is 0, but at level token it must count"))
     return out
 
 

@@ -69,13 +69,14 @@ def pending(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> list[S
     wanted = needed(planned, rows)
     recipe = planned.recipe
     builds = [s for s in planned.builds() if s.identity in wanted and not s.done]
-    evaluations = [
-        step
+    evaluations = {
+        step.identity: step
         for row in rows
         for step in planned.evaluations(row)
         if not step.done and _may_run(step, recipe.evaluate.allow_code_execution)
-    ]
-    return [*(builds if "build" in stages else []), *(evaluations if "evaluate" in stages else [])]
+    }
+    measured = evaluations.values() if "evaluate" in stages else []
+    return [*(builds if "build" in stages else []), *measured]
 
 
 def reopen(planned: Plan, rows: Sequence[str], stages: Sequence[str], dry_run: bool) -> None:
@@ -128,8 +129,13 @@ def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, di
 
 def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> dict[str, str]:
     """Measure what is built; reasons by "row/suite" for what could not be."""
-    todo = {row: pending(planned, [row], ("evaluate",)) for row in rows if row not in reasons}
-    todo = {row: steps for row, steps in todo.items() if steps}
+    todo: dict[str, list[Step]] = {}
+    taken: set[str] = set()  # rows that are the same model are measured once
+    for row in rows:
+        if row not in reasons and planned.identities[row] not in taken:
+            taken.add(planned.identities[row])
+            if steps := pending(planned, [row], ("evaluate",)):
+                todo[row] = steps
     if not todo:
         return {}
     from harness.measuring import measure_rows
@@ -143,9 +149,13 @@ def _keep(planned: Plan, rows: Sequence[str]) -> dict[str, str]:
     done = []
     for row in rows:
         if row in variants and variants[row].keep:
-            users = [name for name in variants if row in inputs(planned.recipe, name)]
+            twins = planned.twins(row)
+            if not all(twin in variants and variants[twin].keep for twin in twins):
+                say(f"{row}: stays whole; {', '.join(twins)} are one model and not all say keep")
+                continue
+            users = [n for n in variants if not set(twins).isdisjoint(inputs(planned.recipe, n))]
             if not pending(planned, [row, *users], ("build", "evaluate")):
-                done.append(row)
+                done += [twins[0]] if twins[0] not in done else []
     if not done:
         return {}
     from harness.keeping import keep_rows
@@ -161,16 +171,16 @@ def rescore(reference: str, overrides: Sequence[str] = (), only: Sequence[str] =
     rows = _rows(loaded, only)
     planned = plan(loaded.recipe, home())
     measuring, code, count = Measuring(planned), 0, 0
-    for row in rows:
-        for step in planned.evaluations(row):
-            if not step.done or not _may_run(step, loaded.recipe.evaluate.allow_code_execution):
-                continue
-            try:
-                measuring.rescore(step)
-                count += 1
-            except RunError as error:
-                say(f"{row}/{step.name}: {error}")
-                code = 1
+    steps = {step.identity: step for row in rows for step in planned.evaluations(row)}
+    for step in steps.values():
+        if not step.done or not _may_run(step, loaded.recipe.evaluate.allow_code_execution):
+            continue
+        try:
+            measuring.rescore(step)
+            count += 1
+        except RunError as error:
+            say(f"{step.rows[0]}/{step.name}: {error}")
+            code = 1
     if not count and not code:
         raise RunError(f"{loaded.name}: nothing is measured yet; `kfuse evaluate` measures")
     say(f"scores of {count} measurements derived again from their records")
@@ -211,7 +221,8 @@ def overview(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> str:
                 state = "not measured: code execution is not allowed"
             cells.append(state + (f", {limit} questions" if limit and not step.done else ""))
         table.add_row(row, planned.summaries[row], _model_state(planned, row), *cells)
-    console = Console(width=max(120, 40 + 24 * len(planned.recipe.evaluate.suites)), record=True)
+    width = max(120, 40 + 24 * len(planned.recipe.evaluate.suites))
+    console = Console(width=width, markup=False, emoji=False)  # names hold brackets
     with console.capture() as captured:
         console.print(table)
     waiting = [s for s in pending(planned, rows, stages) if s.kind != "evaluate"]

@@ -113,7 +113,7 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
             if metric == "bits_per_byte":
                 total, weight = value
                 value = -total / (weight * math.log(2))
-            elif metric in CORPUS_METRICS and isinstance(value[0], str):  # one reference
+            elif metric in CORPUS_METRICS and isinstance(value, (list, tuple)) and _single(value):
                 reference, said = value
                 counts, value = CORPUS_METRICS[metric].of_item(said, reference)
             if not isinstance(value, (int, float, np.number, bool)):
@@ -125,6 +125,11 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
     if tokens and record["output_type"] == "loglikelihood_rolling":
         nats = {"metric": TOKEN_METRIC, "value": -record["choice_ll"][0] / tokens}
         yield base | nats | {"weight": float(tokens), "outcome": "ok", "extracted": None}
+
+
+def _single(value: Sequence[Any]) -> bool:
+    """Whether a corpus metric's pair names one reference, not several."""
+    return isinstance(value[0], str)
 
 
 def _outcome(loaded: Loaded, item: Item, record: dict, answers: list) -> str:

@@ -326,7 +326,7 @@ class SharedPrefixLM(TemplateLM):
         share, rest = beginnings([row.ids for row in prepared])
         for length, members in [*share, (0, rest)]:
             begun = self._begun(prepared[members[0]].ids[:length]) if length else None
-            for some in alike([len(prepared[i].ids) for i in members], self.generate_rows):
+            for some in alike([len(prepared[i].ids) - length for i in members], self.generate_rows):
                 rows = [members[i] for i in some]
                 cache = begun.spread(len(rows)) if begun else GrowingCache(self.model, len(rows))
                 found = together(self.model, [prepared[i] for i in rows], cache, length)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion.mergekit import reshapes
 from harness.recipe import Recipe
 from harness.store import read_manifest
 
@@ -56,7 +57,7 @@ class Plan:
     summaries: dict[str, str] = field(default_factory=dict)
 
     def add(self, step: Step) -> Step:
-        """Keep a step once, whichever rows need it."""
+        """Keep a step once, whichever rows need it; rows that are one model share theirs."""
         known = self.steps.get(step.identity)
         if known:
             rows = tuple(dict.fromkeys([*known.rows, *step.rows]))
@@ -66,7 +67,11 @@ class Plan:
 
     def evaluations(self, row: str) -> list[Step]:
         """The measurements of a row, in the recipe's order of suites."""
-        return [s for s in self.steps.values() if s.kind == "evaluate" and s.rows == (row,)]
+        return [s for s in self.steps.values() if s.kind == "evaluate" and row in s.rows]
+
+    def twins(self, row: str) -> list[str]:
+        """The rows that are the same model as this one, itself included: they share a folder."""
+        return [other for other, key in self.identities.items() if key == self.identities[row]]
 
     def builds(self) -> list[Step]:
         """Everything but measurements."""
@@ -74,12 +79,12 @@ class Plan:
 
 
 def root(recipe: Recipe, row: str) -> str:
-    """The source whose tokenizer a row carries."""
+    """The row whose tokenizer and shape a row carries: a source, or a merge that has its own."""
     while row in recipe.variants:
         variant = recipe.variants[row]
         if variant.train:
             row = variant.train.init
-        elif variant.merge:
+        elif variant.merge and not reshapes(variant.merge.mergekit):
             row = variant.merge.base or variant.merge.inputs[0]
         elif variant.repeat:
             row = variant.repeat.row

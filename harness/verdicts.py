@@ -29,7 +29,7 @@ def _readable() -> Iterator[None]:
 
     try:
         yield
-    except (NotComparable, FileNotFoundError) as error:
+    except (NotComparable, OSError) as error:
         raise RunError(str(error)) from error
 
 
@@ -110,7 +110,7 @@ def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None
     rows = list(dict.fromkeys(names))
     if reference is not None and reference not in rows:
         raise RecipeError(f"--reference {reference}: no such row; rows: {', '.join(rows)}")
-    suites = {str(run.manifest["suite"]): run.manifest for run in runs}
+    suites = _suites(runs)
     cells: dict[str, dict[str, dict[str, str]]] = {
         row: {suite: {"reason": "not measured: no such run was given"} for suite in suites}
         for row in rows
@@ -126,6 +126,17 @@ def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None
     write_json(path, _index(name, reference or rows[0], runs, names, suites) | {"cells": cells})
     with _readable():
         show(path, opened(write, path))
+
+
+def _suites(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """What is known of each suite; of two versions, the tasks of both."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        whole = found.setdefault(str(run.manifest["suite"]), run.manifest | {"tasks": []})
+        known = {task.get("title", task["task"]) for task in whole["tasks"]}
+        tasks = run.manifest["tasks"]
+        whole["tasks"] += [t for t in tasks if t.get("title", t["task"]) not in known]
+    return found
 
 
 def _index(
@@ -146,6 +157,7 @@ def _index(
     ]
     listed = [
         {"name": suite, "title": suite, "rule": m.get("rule", "macro"), "tasks": m["tasks"]}
+        | {"without": _without(suite)}
         for suite, m in suites.items()
     ]
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -158,8 +170,17 @@ def _index(
         "rows": rows,
         "suites": listed,
         "extra": {"prompts": _prompts(runs)},
-        "facts": {"machine": machine(), "created": now, "seconds": 0} | provenance(),
+        # Where the runs were measured is not in them.
+        "facts": {"machine": f"reported on {machine()}", "created": now, "seconds": 0}
+        | provenance(),
     }
+
+
+def _without(suite: str) -> list[str]:
+    """Tasks that the second average of one of our suites leaves out; none of any other suite."""
+    from tasks.suite import known_suites, load_suite
+
+    return list(load_suite(suite).without) if suite in known_suites() else []
 
 
 def _prompts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:

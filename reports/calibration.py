@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from reports.table import Report
+    from reports.cells import Report
 
 # Share of items that an engine flips. HellaSwag moved by 4 of its 10,042 items between batch sizes
 # 1 and 16 on one model (lm-evaluation-harness, issue 1645). m flips in either direction move the

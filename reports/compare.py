@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -109,8 +110,7 @@ def open_pairs(
 
 
 def _apart(pairs: list[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
-    """Tasks of suites without an average as pairs of their own; unlike runs are left as they are,
-    for `compare` to say what differs."""
+    """Tasks of suites without an average as pairs of their own; unlike runs as they are."""
     out = []
     for base, candidate in pairs:
         same = not differences(candidate.manifest, base.manifest)
@@ -158,11 +158,13 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
     wrong = differences(candidate.manifest, base.manifest)
     if wrong:
         raise NotComparable(f"{_label(base, candidate)}: " + "; ".join(wrong))
-    both, unscored = _joined(base, candidate)
+    both, recorded = _joined(base, candidate)
     measured = candidate.manifest["tasks"]
     groups = dict(list(both.groupby("task", sort=False)))
-    missing = [t["task"] for t in measured if t["task"] not in groups]
-    if missing and not candidate.manifest["partial"]:
+    # A small sample may leave a task out altogether; one that was asked must have been scored.
+    asked = recorded if candidate.manifest["partial"] else {t["task"]: 0 for t in measured}
+    missing = [task for task in asked if task not in groups]
+    if missing:
         raise NotComparable(
             f"{_label(base, candidate)}: no item of {', '.join(missing)} was scored on both sides, "
             "so the suite has no gain"
@@ -172,6 +174,7 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
     tasks = adjusted([_difference(titles[name], groups[name], candidate, level) for name in drawn])
     total = tasks[0]
     if len(tasks) > 1:
+        _have_a_mean(candidate, drawn)
         total = _difference(candidate.manifest["suite"], both, candidate, level, tasks)
     return Comparison(
         suite=candidate.manifest["suite"],
@@ -181,9 +184,20 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
         total=total,
         tasks=tasks,
         n_total=sum(t["n_total"] for t in measured),
-        unscored=unscored,
+        unscored=sum(recorded.values()) - len(both),
         items=differing(base, candidate, both) if items else None,
     )
+
+
+def _have_a_mean(run: Run, drawn: Sequence[str]) -> None:
+    from reports.corpus import CORPUS_METRICS
+
+    metrics = {task["metric"] for task in run.manifest["tasks"] if task["task"] in drawn}
+    if metrics & set(CORPUS_METRICS):
+        raise NotComparable(
+            f"{run.manifest['suite']}: {', '.join(sorted(metrics))} have no mean over items, "
+            "so the suite has no gain; a suite with the rule 'apart' compares each task by itself"
+        )
 
 
 def adjusted(differences: Sequence[Difference]) -> tuple[Difference, ...]:
@@ -220,9 +234,23 @@ def _label(base: Run, candidate: Run) -> str:
     )
 
 
-def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, int]:
-    """Items scored on both sides, `value` turned so that higher is better; and how many are not."""
-    one, two = opened(read_primary, candidate), opened(read_primary, base)
+def primary(run: Run) -> pd.DataFrame:
+    """`read_primary`; NotComparable also where it lacks what a corpus' score is made of."""
+    from reports.corpus import CORPUS_METRICS, stacked
+
+    frame = opened(read_primary, run)
+    for task in run.manifest["tasks"]:
+        if task["metric"] in CORPUS_METRICS:
+            scored = frame[(frame.task == task["task"]) & frame.value.notna()]
+            opened(partial(stacked, metric=task["metric"]), scored)
+    return frame
+
+
+def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Items scored on both sides, with `difference` positive where the candidate is better; and how
+    many items, scored or not, each task has on both sides.
+    """
+    one, two = primary(candidate), primary(base)
     both = one.merge(two, on=KEY, suffixes=("", "_base"), validate="one_to_one", how="inner")
     alone = len(one) + len(two) - 2 * len(both)
     if alone:
@@ -233,7 +261,7 @@ def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, int]:
     scored = both.value.notna() & both.value_base.notna()
     if not scored.any():
         raise NotComparable(f"{_label(base, candidate)}: no item was scored on both sides")
-    unscored = int((~scored).sum())
+    recorded = {str(task): len(some) for task, some in both.groupby("task", sort=False)}
     both = both[scored].reset_index(drop=True)
     unlike = both.weight != both.weight_base
     if unlike.any():
@@ -245,7 +273,7 @@ def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, int]:
     higher = {task["task"]: task["higher_is_better"] for task in candidate.manifest["tasks"]}
     sign = both.task.map(higher).map({True: 1.0, False: -1.0})
     both["difference"] = (both.value - both.value_base) * sign
-    return both, unscored
+    return both, recorded
 
 
 def _difference(
@@ -268,7 +296,7 @@ def _difference(
     ends = (both.value.min(), both.value.max(), both.value_base.min(), both.value_base.max())
     whole = both.value.isin([0.0, 1.0]).all() and both.value_base.isin([0.0, 1.0]).all()
     alone = not both.duplicated(["task", "cluster"]).any() and both.weight.nunique() == 1
-    binary = bool(whole and alone)
+    binary = bool(whole and alone and metric not in CORPUS_METRICS)
     low, high, kind = _interval(paired, parts, binary, level)
     p_value, test = paired.p_value, "permutation"
     if binary and not parts:

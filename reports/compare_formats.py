@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reports.cells import Column
 from reports.compare import Comparison, Difference
 from reports.formats import SIGN, _escape, interval, number, signed
-from reports.table import Column
 
 WIDTH = 90  # characters of an answer in a table
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from reports.table import Report
+from reports.cells import Report
 from reports.text import escape
 
 if TYPE_CHECKING:
@@ -52,11 +52,13 @@ def _lines(report: Report) -> Iterator[dict[str, Any]]:
         for stage in row.get("stages", ()):
             base = {"row": row["name"], "stage": stage["stage"], "of": stage["name"]}
             yield base | {"shared_by": stage["shared_by"]} | _known(stage["cost"])
-        for column in report.columns:
-            cell = report.cell(row["name"], column.name)
-            if cell.run:
-                base = {"row": row["name"], "stage": "evaluate", "of": column.name}
-                yield base | {"shared_by": 1} | _known(dict(cell.cost))
+        for whole in dict.fromkeys(column.whole for column in report.columns):
+            names = [column.name for column in report.columns if column.whole == whole]
+            cells = [report.cell(row["name"], name) for name in names]
+            if any(cell.run for cell in cells):
+                cost = dict(next((cell.cost for cell in cells if cell.cost), ()))
+                base = {"row": row["name"], "stage": "evaluate", "of": whole}
+                yield base | {"shared_by": 1} | _known(cost)
 
 
 def _known(cost: dict[str, Any]) -> dict[str, Any]:

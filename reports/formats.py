@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from reports import costs, lines_formats
 from reports.calibration import calibrate
-from reports.table import Cell, Column, Gain, Report
+from reports.cells import Cell, Column, Gain, Report
+from reports.text import code, interval, number, signed
 from reports.text import escape as _escape
-from reports.text import interval, number, signed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,7 +123,8 @@ def terminal(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{report.recipe}: gains against {report.reference}", title_justify="left")
+    title = Text(f"{report.recipe}: gains against {report.reference}")  # names hold brackets
+    table = Table(title=title, title_justify="left")
     table.add_column("row", no_wrap=True)
     for column in report.columns:
         note = partial_text(report, column)
@@ -167,7 +168,7 @@ def health(report: Report) -> list[str]:
     lines.append(f"| row | suite | items | {' | '.join(FAILURES.values())} |")
     lines.append("|" + " --- |" * (3 + len(FAILURES)))
     for cell, counts in found:
-        shown = " | ".join(str(counts.get(kind, 0)) for kind in FAILURES)
+        shown = " | ".join(str(counts.get(kind, "–")) for kind in FAILURES)
         lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {cell.n} | {shown} |")
     return lines
 
@@ -272,7 +273,7 @@ def markdown(report: Report) -> str:
     lines += ["", "## Rows", ""]
     lines += [f"- {_escape(row['name'])}: {_escape(row['summary'])}" for row in report.rows]
     lines += ["", "## Signatures", ""]
-    lines += [f"- `{c.signature.replace('`', '')}`" for c in report.cells.values() if c.signature]
+    lines += [f"- {code(c.signature)}" for c in report.cells.values() if c.signature]
     return "\n".join(lines) + "\n"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+from reports.cells import Column
 from reports.compare_formats import shown
 from reports.formats import interval, number, signed
 from reports.gate import Check, Result
-from reports.table import Column
 
 
 def _column(check: Check) -> Column:

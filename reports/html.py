@@ -20,8 +20,8 @@ from reports import (
     score_panels,
     trust_panels,
 )
+from reports.cells import Report
 from reports.panels import Draw, Panel
-from reports.table import Report
 from reports.untrusted import plain, script_json
 
 PANELS: Mapping[str, Draw] = {

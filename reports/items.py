@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from reports.cells import Column, Report
 from reports.compare import answer
 from reports.panels import Draw, Panel
-from reports.records import Run, read_pack, read_primary, read_prompts
+from reports.records import Run, apart, read_pack, read_primary, read_prompts
 from reports.signature import differences
-from reports.table import Column, Report
 from reports.untrusted import plain, script_json
 
 BUDGET = 900_000  # bytes of all suites together
@@ -109,7 +109,12 @@ def _measured(report: Report, column: Column) -> Measured | None:
     cells = [cell for cell in cells if cell.run]
     if len(cells) < 2:
         return None
-    runs = [Run.open(Path(report.home) / cell.run) for cell in cells]
+    runs = [
+        run
+        for cell in cells
+        for run in apart(Run.open(Path(report.home) / cell.run))
+        if run.manifest["suite"] == column.name
+    ]
     groups: list[int] = []
     for number, run in enumerate(runs):
         like = (
@@ -162,7 +167,7 @@ def _shown(
     records = [read_pack(run, chosen, checked) for run in suite.runs]
     known = set().union(*records)
     order = _in_turn(suite, np.array([key in known for key in suite.keys]))
-    where = report.extra.get("prompts", {}).get(suite.column.name, {})
+    where = report.extra.get("prompts", {}).get(suite.column.whole, {})
     prompts: dict[str, Mapping[tuple[str, int], str]] = {}
     for protocol in {run.manifest["protocol"] for run in suite.runs}:
         if protocol in where:
@@ -230,9 +235,8 @@ def _item(
             ]
         )
     shown = None if gold in (None, "null") else plain(str(gold), ANSWER)
-    title = next(
-        t.get("title", key[0]) for t in suite.runs[0].manifest["tasks"] if t["task"] == key[0]
-    )
+    listed = [task for run in suite.runs for task in run.manifest["tasks"]]
+    title = next(task.get("title", key[0]) for task in listed if task["task"] == key[0])
     item = {"task": plain(title, 200), "id": key[1], "gold": texts.place(shown)}
     return item | {"asked": asked, "said": said}
 

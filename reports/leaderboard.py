@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports.compare import NotComparable, opened
+from reports.compare import NotComparable, opened, primary
 from reports.lm_eval_results import LOWER, Imported, read_results
 from reports.published_scores import read_scores
 from reports.ranks import ranks
-from reports.records import Run, apart, read_json, read_primary
+from reports.records import Run, apart, read_json
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[list[Imported]]]:
     runs: dict[Path, Run] = {}
     imported = []
     for path in paths:
-        if path.suffix == ".csv":
+        if path.suffix == ".csv" and not path.is_dir():
             imported.append(opened(read_scores, path))
             continue
-        if path.suffix == ".json" and path.name != "index.json":
+        if path.suffix == ".json" and path.name != "index.json" and not path.is_dir():
             imported.append(opened(read_results, path))
             continue
         index = path if path.is_file() else path / "index.json"
@@ -107,18 +107,15 @@ def row_names(runs: Sequence[Run]) -> list[str]:
     models: dict[str, set[str]] = {}
     for run in runs:
         models.setdefault(str(run.manifest["row"]), set()).add(str(run.manifest["model_identity"]))
-    return [
-        name if len(models[name]) == 1 else f"{name}@{str(run.manifest['model_identity'])[:8]}"
-        for run in runs
-        if (name := str(run.manifest["row"]))
-    ]
+    named = [(str(run.manifest["row"]), str(run.manifest["model_identity"])) for run in runs]
+    return [row if len(models[row]) == 1 else f"{row}@{model[:8]}" for row, model in named]
 
 
 def _board(column: list[Run]) -> Board:
     from reports.table import _cell, _column
 
     manifest = column[0].manifest
-    frames = [opened(read_primary, run) for run in column]
+    frames = [primary(run) for run in column]
     _same_items(column, frames)
     kind = _column({"name": manifest["suite"], "title": manifest["suite"], **manifest})
     names = row_names(column)
@@ -151,15 +148,26 @@ def _board(column: list[Run]) -> Board:
         )  # fmt: skip
     n, total = max((c.n for c in cells), default=0), sum(t["n_total"] for t in manifest["tasks"])
     partial = f"partial: {n} of {total} items" if n < total else ""
-    note = f"not measured: {'; '.join(gaps)}" if gaps else ""
+    notes = [f"not measured: {'; '.join(gaps)}"] if gaps else []
+    if len(lines) > 1 and lines[0].rank_low is None:
+        what = "the items that all rows have a score for give no mean over every task"
+        notes.append(f"no rank intervals and no groups: {what}")
     protocol = f"{manifest['protocol']} {manifest.get('dtype')} seed {manifest.get('seed')}"
     return Board(
-        manifest["suite"], protocol, kind.unit, kind.higher_is_better, partial, tuple(lines), note
+        manifest["suite"],
+        protocol,
+        kind.unit,
+        kind.higher_is_better,
+        partial,
+        tuple(lines),
+        "; ".join(notes),
     )
 
 
 def _same_items(column: list[Run], frames: list[pd.DataFrame]) -> None:
     first = set(zip(frames[0].task, frames[0].doc_id, strict=True))
+    if not first:
+        raise NotComparable(f"{column[0].folder}/scores.parquet: no item; evaluate the row again")
     for run, frame in zip(column, frames, strict=True):
         other = set(zip(frame.task, frame.doc_id, strict=True))
         if other != first:
@@ -175,9 +183,9 @@ def _imported(files: Sequence[list[Imported]]) -> list[Board]:
     for file in files:
         for found in file:
             key = (found.task, found.metric, found.filter, found.shots, found.version, found.n)
-            grouped.setdefault((*key, found.origin), []).append(found)
+            grouped.setdefault((*key, found.origin, found.higher_is_better), []).append(found)
     out = []
-    for (task, metric, filter_, shots, version, _, origin), entries in grouped.items():
+    for (task, metric, filter_, shots, version, _, origin, _), entries in grouped.items():
         sign = 1 if entries[0].higher_is_better else -1
         ordered = sorted(entries, key=lambda e: (-sign * e.score, e.model))
         protocol = f"{metric} {filter_} shots {shots} version {version}"

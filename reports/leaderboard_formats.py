@@ -11,20 +11,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from reports.cells import Column
 from reports.compare_formats import shown
 from reports.formats import interval, number
 from reports.leaderboard import FORMULA, Board, Line
 from reports.panels import Table, Value, words
-from reports.table import Column
+from reports.text import escape
 
 Boards = Sequence[Board]
 HEAD = ("rank", "row", "score", "95 % interval", "above chance", "group", "n", "source")
 GROUPS = "rows that share a letter are not told apart (paired permutation tests, Holm, 5 %)"
+LATIN = "\u00ff"  # the last character that the usual fonts are sure to have
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
-    "–": "--", "−": "$-$", "@": "@",
+    "–": "--", "—": "---", "−": "$-$", "…": r"\ldots{}", "“": "``", "”": "''", "‘": "`", "’": "'",
+    "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "-": "{-}",
 }  # fmt: skip
 
 
@@ -61,11 +64,11 @@ def markdown(boards: Boards) -> str:
     """One table a suite and protocol."""
     lines = ["# Leaderboard", "", f"Above chance: {FORMULA}. Groups: {GROUPS}.", ""]
     for board in boards:
-        lines += [f"## {shown(_title(board))}", "", f"| {' | '.join(HEAD)} |"]
+        lines += [f"## {escape(_title(board))}", "", f"| {' | '.join(HEAD)} |"]
         lines.append("|" + " --- |" * len(HEAD))
         for line in board.lines:
             lines.append(f"| {' | '.join(shown(cell) for cell in _cells(board, line))} |")
-        lines += ["", *(f"- {shown(note)}" for note in _notes(board)), ""]
+        lines += ["", *(f"- {escape(note)}" for note in _notes(board)), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -89,9 +92,10 @@ def machine_readable(boards: Boards) -> str:
 
 
 def tex(text: str) -> str:
-    """Text that LaTeX prints as it is; what it cannot print becomes a question mark."""
+    """Text that LaTeX prints as it is, pdflatex, too: what its fonts lack is named [U+540D]."""
     printable = "".join(c if c.isprintable() else "?" for c in text)
-    return "".join(_LATEX.get(c, c) for c in printable)
+    known = {c: _LATEX.get(c, c if c <= LATIN else f"[U+{ord(c):04X}]") for c in set(printable)}
+    return "".join(known[c] for c in printable)
 
 
 def latex(boards: Boards) -> str:

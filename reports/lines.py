@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reports.records import unscored
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -110,24 +111,38 @@ def _suite(
     return out
 
 
+def _of_items(run: Run) -> None:
+    """ValueError for a metric whose score is no mean over items, which all lines are made of."""
+    from reports.corpus import CORPUS_METRICS
+
+    whole = {task["metric"] for task in run.manifest["tasks"]} & set(CORPUS_METRICS)
+    if whole:
+        names = ", ".join(sorted(whole))
+        raise ValueError(f"no lines: {names} is a score of the whole corpus, and no mean of items")
+
+
 class _Table:
     """One suite's items with every source's value, and the lines drawn from them.
 
-    ValueError if the sources' runs cannot be compared or share no scored item.
+    ValueError if the sources' runs cannot be compared, share no scored item of a task, or have a
+    score of the whole corpus, which is no mean over items.
     """
 
     def __init__(self, suite: str, names: list[str], opened: Opened) -> None:
         self.suite, self.names, self.opened = suite, names, opened
         run, frame = opened[names[0], suite]
         self.run = run
+        _of_items(run)
         self.tasks = [task["task"] for task in run.manifest["tasks"]]
         higher = {task["task"]: task["higher_is_better"] for task in run.manifest["tasks"]}
         items = frame[[*KEYS, "cluster", "weight"]].copy()
         for name in names:
             items = items.merge(self._values(name), on=KEYS, validate="one_to_one")
         self.items = items.dropna(subset=names).reset_index(drop=True)
-        if self.items.empty:
-            raise ValueError("not measured: no item was scored for all sources")
+        gone = unscored(run, frame, self.items)
+        if gone:
+            what = f"no item was scored for all sources in {', '.join(gone)}"
+            raise ValueError(f"not measured: {what}")
         self.sign = self.items.task.map(higher).map({True: 1.0, False: -1.0})
         self.binary = bool(self.items[names].isin([0.0, 1.0]).all(axis=None))
         scores = {name: self._score(self.items[name] * self.sign) for name in names}

@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from reports.cells import Column, Report
 from reports.lines import BEST, EMERGENT, FORGOTTEN, GAP, ITEM_ORACLE, TASK_ORACLE, WON, Line
-from reports.table import Column, Report
 from reports.text import escape, interval, number
 
 if TYPE_CHECKING:
@@ -117,12 +117,12 @@ def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def terminal(report: Report) -> list[RenderableType]:
-    """The tables for rich to print."""
+    """The table of a paper's domains for rich to print; all else is long, and for reading."""
     from rich.table import Table
     from rich.text import Text
 
     out: list[RenderableType] = []
-    for title, heading, body in tables(report):
+    for title, heading, body in domains(report) if report.domains else []:
         table = Table(title=Text(title), title_justify="left")
         for name in heading:
             table.add_column(Text(name))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from reports import costs, plots
+from reports.cells import Report
 from reports.lines import WON
 from reports.panels import MISSING, Draw, Figure, Panel, Table, Value, count, score, share, words
-from reports.table import Report
 
 
 def training(report: Report) -> Panel | None:
@@ -110,7 +110,9 @@ def spent(report: Report) -> Panel | None:
         note = f"shared by {entry['shared_by']} rows" if entry["shared_by"] > 1 else ""
         sign = ""
         if entry["stage"] == "evaluate":
-            sign = report.cell(entry["row"], entry["of"]).signature
+            parts = report.parts(entry["row"], entry["of"])
+            # What a suite without an average took is of no one task's signature.
+            sign = parts[0].signature if len(parts) == 1 else ""
         line = [words(entry["row"]), words(stage, note=note)]
         for name, unit in _SPENT.items():
             value = entry[name]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reports.cells import Column, Report
 from reports.lines import Line
-from reports.table import Column, Report
 from reports.text import number
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reports.cells import Column, Report, TaskScore
 from reports.records import read_training_log
-from reports.table import Column, Report, TaskScore
 from reports.untrusted import plain
 
 if TYPE_CHECKING:

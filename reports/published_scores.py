@@ -57,22 +57,28 @@ def _line(path: Path, number: int, line: dict[str, str | None]) -> Imported:
         what = f"no {empty[0]}" if empty else "more cells than the head has"
         raise ValueError(f"{where}: {what}")
     metric = (line.get("metric") or "").strip()
-    bits = metric in LOWER or filled["suite"] in BITS
+    bits = metric in LOWER or filled["suite"].partition("@")[0] in BITS
     score = _number(where, "score", filled["score"])
     if not bits and not 0 <= score <= 1:
         raise ValueError(f"{where}: score is {score:g}; a fraction is needed, 0.452 for 45.2 %")
     lower = (line.get("lower_is_better") or "").strip().lower()
     if lower not in ("", "yes", "no"):
         raise ValueError(f"{where}: lower_is_better is {lower!r}; yes or no")
-    count, error = ((line.get(name) or "").strip() for name in ("n", "error"))
+    count, spread = ((line.get(name) or "").strip() for name in ("n", "error"))
+    n = _number(where, "n", count) if count else None
+    error = _number(where, "error", spread) if spread else None
+    if n is not None and (n < 1 or n != int(n)):
+        raise ValueError(f"{where}: n is {count}; a number of items from 1")
+    if error is not None and error < 0:
+        raise ValueError(f"{where}: error is {spread}; a standard error from 0")
     return Imported(
         model=filled["row"],
         task=filled["suite"],
         metric=metric or ("bits_per_byte" if bits else "score"),
         filter="",
         score=score,
-        error=_number(where, "error", error) if error else None,
-        n=int(_number(where, "n", count)) if count else None,
+        error=error,
+        n=None if n is None else int(n),
         shots=None,
         version="",
         higher_is_better=lower == "no" or (lower == "" and not bits),

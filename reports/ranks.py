@@ -33,15 +33,20 @@ def ranks(
     """Each row's 95 % interval of ranks, and letters of rows that are not told apart.
 
     frames: the rows' primary values of the same items; metrics: by task; sign: 1 where higher is
-    better, else −1;
-    order: the rows, best first. Of equal draws each row has the better rank in its lower limit and
-    the worse one in its upper limit.
+    better, else −1; order: the rows, best first. Of equal draws each row has the better rank in its
+    lower limit and the worse one in its upper limit. No intervals and no letters where the rows
+    have no common mean: a task of which no item was scored for all of them, or a metric of a corpus
+    among several tasks.
     """
     rows = len(frames)
     if rows < 2:
         return [(None, None)] * rows, ["a"] * rows
-    if set(metrics.values()) <= set(CORPUS_METRICS):
-        drawn, p_values = _corpus(frames, next(iter(metrics.values())), sign)
+    names = set(frames[0].task)
+    corpora = {metrics[name] for name in names} & set(CORPUS_METRICS)
+    if _common(frames) != names or (corpora and len(names) > 1):
+        return [(None, None)] * rows, [""] * rows
+    if corpora:
+        drawn, p_values = _corpus(frames, corpora.pop(), sign)
     else:
         tasks = _tasks(frames, sign)
         drawn, p_values = _draws(tasks), pairwise(tasks)
@@ -53,6 +58,13 @@ def ranks(
         (int(a), int(b)) for a, b in zip(low, high, strict=True)
     ]
     return spans, letters(p_values, order)
+
+
+def _common(frames: list[pd.DataFrame]) -> set[str]:
+    """The tasks that have an item which every row has a score for."""
+    keyed = [f.set_index(["task", "doc_id"]).sort_index() for f in frames]
+    used = ~np.any([f.value.isna().to_numpy() for f in keyed], axis=0)
+    return set(keyed[0].index.get_level_values(0)[used])
 
 
 def _tasks(frames: list[pd.DataFrame], sign: int) -> list[Task]:

@@ -60,7 +60,8 @@ class Run:
 def apart(run: Run) -> list[Run]:
     """What is reported of a run: itself, or each task by itself if its suite takes no average.
 
-    A task is then a suite of its own, SUITE/TASK. What the whole run cost stands with the first.
+    A task is then a suite of its own, SUITE/TASK. What the whole run cost stands with the first,
+    and is shown as the whole suite's.
     """
     whole = run.manifest
     if whole.get("rule") != "apart":
@@ -171,6 +172,21 @@ def read_primary(run: Run) -> pd.DataFrame:
     frame = read_scores(run)
     metrics = {task["task"]: task["metric"] for task in run.manifest["tasks"]}
     return frame[frame.metric == frame.task.map(metrics)].reset_index(drop=True)
+
+
+def unscored(run: Run, frame: pd.DataFrame, scored: pd.DataFrame) -> list[str]:
+    """Titles of a run's tasks that have no item among the scored ones of its frame.
+
+    Without them there is no average. A small sample may leave tasks out altogether; those do not
+    count.
+    """
+    drawn = set(frame.task) if run.manifest.get("partial") else None
+    there = set(scored.task)
+    return [
+        task.get("title", task["task"])
+        for task in run.manifest["tasks"]
+        if (drawn is None or task["task"] in drawn) and task["task"] not in there
+    ]
 
 
 def token_perplexities(run: Run) -> dict[str, float]:

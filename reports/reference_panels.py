@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from reports.cells import Column, Report
 from reports.lines import BEST, EMERGENT, FORGOTTEN, GAP, ITEM_ORACLE, TASK_ORACLE, Line
 from reports.lines_formats import NOTE
 from reports.panels import MISSING, Draw, Panel, Table, Value, count, share, words
-from reports.table import Column, Report
 from reports.text import interval, number
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from reports import plots
+from reports.cells import Cell, Column, Report, TaskScore
 from reports.formats import (
     SIGN,
     gain_text,
@@ -16,7 +17,6 @@ from reports.formats import (
     score_text,
 )
 from reports.panels import MISSING, Draw, Figure, Panel, Table, Value, count, score, words
-from reports.table import Cell, Column, Report, TaskScore
 from reports.text import interval, number, signed
 
 STEPS = (0.025, 0.05, 0.10, 0.20)  # differences at which a cell of the heat map is tinted deeper
@@ -30,7 +30,8 @@ def scores(report: Report) -> Panel | None:
         for column in report.columns:
             cell = report.cell(row["name"], column.name)
             if cell.reason:
-                line.append(Value("not measured", signature=cell.reason, tone="gap"))
+                shown = score_text(cell, column)
+                line.append(Value(shown, signature=cell.reason, tone="gap"))
                 continue
             note = gain_text(cell, column, report.reference)
             tone = cell.gain.verdict if cell.gain else ""
@@ -164,6 +165,24 @@ def tasks(report: Report) -> Panel | None:
     return Panel("Tasks", tables=tuple(tables)) if tables else None
 
 
+def perplexities(report: Report) -> Panel | None:
+    """Token perplexity of each row on each whole text."""
+    lines = tuple(
+        (
+            *(words(text) for text in (cell.row, cell.suite, task.title)),
+            Value(f"{task.token_perplexity:.2f}", task.token_perplexity, task.signature),
+        )
+        for cell in report.cells.values()
+        for task in cell.tasks
+        if task.token_perplexity is not None
+    )
+    if not lines:
+        return None
+    text = ("Per token of each row's own tokenizer: not comparable across tokenizers.",)
+    table = Table("Perplexity a token", ("row", "suite", "task", "perplexity"), lines)
+    return Panel("Token perplexity", text, tables=(table,))
+
+
 def _heated(column: Column) -> bool:
     return column.name.startswith("bbh")
 
@@ -190,16 +209,25 @@ def heat_map(report: Report) -> Panel | None:
 def _heat(report: Report, column: Column) -> Table:
     lines = []
     for title, cells in by_task(report, column):
-        base = cells.get(report.reference)
-        line = [words(title)]
-        for row in report.rows:
-            line.append(_tinted(cells.get(row["name"]), base, column))
-        lines.append(tuple(line))
+        lines.append((words(title), *_tinted(report, column, cells)))
     head = ["task", *(row["name"] for row in report.rows)]
     return Table(f"{column.title}: {_direction(column)}", head, tuple(lines))
 
 
-def _tinted(task: TaskScore | None, base: TaskScore | None, column: Column) -> Value:
+def _tinted(report: Report, column: Column, cells: Mapping[str, TaskScore]) -> list[Value]:
+    """A task's scores by row, tinted by their differences to the reference's.
+
+    There is no difference where the row must not be compared with the reference.
+    """
+    base = cells.get(report.reference)
+    out = []
+    for row in report.rows:
+        unlike = report.cell(row["name"], column.name).no_gain
+        out.append(_tint(cells.get(row["name"]), None if unlike else base, column))
+    return out
+
+
+def _tint(task: TaskScore | None, base: TaskScore | None, column: Column) -> Value:
     """A score with its difference to the reference's, and the tint that this comes to."""
     if task is None or task.score is None:
         return MISSING
@@ -223,14 +251,7 @@ def languages(report: Report) -> Panel | None:
             row["name"]: [cells[row["name"]] for _, cells in listed if row["name"] in cells]
             for row in report.rows
         }
-        base = {title: cells.get(report.reference) for title, cells in listed}
-        lines = [
-            (
-                words(title),
-                *(_tinted(cells.get(r["name"]), base[title], column) for r in report.rows),
-            )
-            for title, cells in listed
-        ]
+        lines = [(words(title), *_tinted(report, column, cells)) for title, cells in listed]
         head = ["language", *(row["name"] for row in report.rows)]
         foot = _averages(report, column, scored)
         caption = f"{column.title}: {_direction(column)}"
@@ -275,4 +296,5 @@ PANELS: dict[str, Draw] = {
     "bbh": heat_map,
     "languages": languages,
     "tasks": tasks,
+    "perplexities": perplexities,
 }

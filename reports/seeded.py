@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reports.gates import verdict
-from reports.records import Run
+from reports.records import Run, unscored
 from reports.signature import differences
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Seeded:
 def seeded(content: Mapping[str, Any], opened: Opened) -> tuple[Seeded, ...]:
     """Every variant with two seeds or more, suite by suite, in the report's order.
 
-    content: the report's index. Suites that a seed lacks, or with tasks of one item, are left out.
+    content: the report's index. Suites that a seed lacks, with tasks of one item, or with a score
+    of a whole corpus, which has no mean over items, and gains that do not vary at all are left out.
     """
     from reports.statistics import holm
 
@@ -69,6 +70,7 @@ def seeded(content: Mapping[str, Any], opened: Opened) -> tuple[Seeded, ...]:
 
 
 def _line(names: list[str], base: list[str], suite: str, opened: Opened) -> Seeded | None:
+    from reports.corpus import CORPUS_METRICS
     from reports.seeds import seeds_and_items
 
     rows = [*names, *base]
@@ -77,9 +79,14 @@ def _line(names: list[str], base: list[str], suite: str, opened: Opened) -> Seed
     first = opened[base[0], suite][0].manifest
     if any(differences(opened[name, suite][0].manifest, first) for name in names):
         return None
+    if any(task["metric"] in CORPUS_METRICS for task in first["tasks"]):
+        return None
     frames = [opened[name, suite][1].set_index(["task", "doc_id"]) for name in rows]
     scored = [set(frame.index[frame.value.notna()]) for frame in frames]
     if not scored[0] or any(items != scored[0] for items in scored):
+        return None
+    run, frame = opened[base[0], suite]
+    if unscored(run, frame, frame[frame.value.notna()]):
         return None
     units = _units([frame.loc[sorted(scored[0])] for frame in frames])
     signs = {task["task"]: 1 if task["higher_is_better"] else -1 for task in first["tasks"]}
@@ -87,7 +94,7 @@ def _line(names: list[str], base: list[str], suite: str, opened: Opened) -> Seed
     tasks = units.index.get_level_values("task")
     try:
         found = seeds_and_items(values[: len(names)], values[len(names) :], tasks)
-    except ValueError:  # a task of one item: its variance is unknown, and so is the sum
+    except ValueError:  # a task of one item, or nothing varies: the variance is unknown
         return None
     return Seeded(
         tuple(names), tuple(base), suite, found.gain, found.low, found.high, found.p_value, 1.0,

@@ -40,7 +40,7 @@ class Components:
         from scipy.stats import t
 
         if self.variance == 0:
-            return 0.0 if self.gain else 1.0
+            return 1.0
         return float(2 * t.sf(abs(self.gain) / self.variance**0.5, self.degrees))
 
 
@@ -55,8 +55,9 @@ def seeds_and_items(
         Var = Var_s(gain of a seed)/S + Var_i(S̄ − R̄) − noise,   gain ± t·√Var
 
     The moments of a two-way crossed design (Searle, Casella & McCulloch 1992, 5.2), t with
-    Satterthwaite's degrees of freedom. ValueError for fewer than two seeds, NaN, or items of a task
-    that are alone.
+    Satterthwaite's degrees of freedom. ValueError for fewer than two seeds, NaN, items of a task
+    that are alone, or a gain that is the same for every seed and item: equal numbers say nothing
+    of what others would be.
 
     Relative to a bootstrap that draws seeds and items: with three seeds that takes its spread from
     three numbers; t knows that they are three.
@@ -83,6 +84,8 @@ def seeds_and_items(
         bottom += extra**2 / (len(b) - 1)
     gain = float(_macro(a, groups).mean() - _macro(b, groups).mean())
     found = Components(gain, gain, gain, seeds, items, noise, 1.0)
+    if found.variance <= 1e-24 * gain**2 and gain:  # up to rounding
+        raise ValueError("seeds_and_items: nothing varies, so how sure the gain is is unknown")
     degrees = max(1.0, found.variance**2 / bottom) if bottom > 0 else 1.0
     reach = float(t.ppf((1 + level) / 2, degrees)) * float(np.sqrt(found.variance))
     return Components(gain, gain - reach, gain + reach, seeds, items, noise, degrees)

@@ -5,7 +5,9 @@ The order of the fields is fixed, so that signatures can be compared as text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 # What has to be equal before two runs of a suite are compared; tasks are compared one by one.
@@ -17,6 +19,18 @@ def engine(manifest: Mapping[str, Any]) -> str:
     """What scored a run: kfuse, or the backend of lm-eval's that did."""
     name = (manifest.get("engine") or {}).get("name") or "kfuse"
     return "+".join(name) if isinstance(name, list) else str(name)
+
+
+def sandbox(manifest: Mapping[str, Any]) -> str | None:
+    """Where a run's programs were executed: tier, and a hash of image and versions by language.
+
+    None for a run that executed none, or that was finished before runs said where.
+    """
+    found = manifest.get("sandbox")
+    if not found:
+        return None
+    within = [found.get("image_id"), sorted((found.get("toolchains") or {}).items())]
+    return f"{found.get('tier')}@{sha256(json.dumps(within).encode()).hexdigest()[:8]}"
 
 
 def signature(manifest: Mapping[str, Any], n: int, n_total: int, task: str | None = None) -> str:
@@ -44,6 +58,8 @@ def signature(manifest: Mapping[str, Any], n: int, n_total: int, task: str | Non
     parts["dtype"] = str(manifest.get("dtype"))
     parts["engine"] = _engine(manifest.get("engine") or {})
     parts["lm_eval"] = str(manifest.get("lm_eval"))
+    if within := sandbox(manifest):
+        parts["sandbox"] = within
     if manifest.get("mixing"):
         parts["mixing"] = str(manifest["mixing"])
     parts["model"] = f"{manifest['row']}@{str(manifest['model_identity'])[:8]}"
@@ -69,6 +85,8 @@ def differences(manifest: Mapping[str, Any], reference: Mapping[str, Any]) -> li
             found.append(f"{key} is {here}, in the reference {there}")
     if engine(manifest) != engine(reference):
         found.append(f"engine is {engine(manifest)}, in the reference {engine(reference)}")
+    if sandbox(manifest) != sandbox(reference):
+        found.append(f"sandbox is {sandbox(manifest)}, in the reference {sandbox(reference)}")
     tasks = {task["task"]: task for task in manifest["tasks"]}
     others = {task["task"]: task for task in reference["tasks"]}
     for name in dict.fromkeys([*tasks, *others]):

@@ -9,15 +9,23 @@ a number.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports.gates import verdict
-from reports.lines import Line, lines
-from reports.records import Run, apart, apart_name, read_json, read_primary, token_perplexities
-from reports.seeded import Seeded, seeded
+from reports.cells import Average, Cell, Column, Gain, Report, TaskScore
+from reports.lines import lines
+from reports.records import (
+    Run,
+    apart,
+    apart_name,
+    read_json,
+    read_primary,
+    token_perplexities,
+    unscored,
+)
+from reports.seeded import seeded
 from reports.signature import differences, signature
 
 if TYPE_CHECKING:
@@ -26,134 +34,6 @@ if TYPE_CHECKING:
     from reports.statistics import Paired
 
 LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A row against the reference on one suite; positive is better. Fractions or bits per byte."""
-
-    value: float
-    low: float | None
-    high: float | None
-    p_value: float
-    adjusted: float  # Holm over all comparisons of the report
-    detectable: float  # the smallest gain that these items show with 80 % power
-    better: int  # items where the row has the better value
-    worse: int
-    n: int
-    margin: float | None = None  # what does not matter, if the recipe says so
-
-    @property
-    def verdict(self) -> str:
-        """better, worse or inconclusive at 5 % after Holm's correction; equivalent if the whole
-        interval is within the margin.
-        """
-        return verdict(self.value, self.adjusted, self.low, self.high, self.margin)
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task of a cell."""
-
-    task: str
-    title: str
-    metric: str
-    score: float | None  # None: no item was scored
-    low: float | None
-    high: float | None
-    n: int
-    n_total: int
-    chance: float | None
-    signature: str
-    token_perplexity: float | None = None  # of whole texts, per token of the row's own tokenizer
-
-
-@dataclass(frozen=True)
-class Average:
-    """A suite's second average, which leaves tasks out whose published scores mislead."""
-
-    title: str  # "without Go"
-    score: float
-    low: float | None
-    high: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row on one suite, or the reason why there is no number."""
-
-    row: str
-    suite: str
-    reason: str | None = None
-    score: float | None = None
-    low: float | None = None
-    high: float | None = None
-    n: int = 0
-    n_total: int = 0
-    signature: str = ""
-    tasks: tuple[TaskScore, ...] = ()
-    gain: Gain | None = None
-    no_gain: str | None = None  # why there is a score but no gain
-    health: tuple[tuple[str, int], ...] = ()
-    cost: tuple[tuple[str, float], ...] = ()
-    run: str = ""
-    notes: tuple[str, ...] = ()  # what was not done the usual way
-    without: Average | None = None  # also where the whole has no score for want of these tasks
-    programs: tuple[tuple[str, int], ...] = ()  # how many ended how, of suites that run them
-
-    @property
-    def partial(self) -> bool:
-        """Whether only a sample of the suite was measured."""
-        return self.reason is None and self.n_total > self.n
-
-
-@dataclass(frozen=True)
-class Column:
-    """A suite as a column."""
-
-    name: str
-    title: str
-    higher_is_better: bool
-    unit: str  # "%" for fractions, "" for bits per byte
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that formats show."""
-
-    recipe: str
-    reference: str
-    rows: tuple[dict[str, Any], ...]
-    columns: tuple[Column, ...]
-    cells: dict[tuple[str, str], Cell]
-    facts: dict[str, Any]
-    recipe_yaml: str
-    overrides: tuple[str, ...]
-    home: Path
-    published: tuple[dict[str, Any], ...] = ()  # what papers printed for rows of this report
-    lines: tuple[Line, ...] = ()  # reference lines
-    domains: dict[str, Any] | None = None  # a paper's table of bits per byte by domain
-    extra: dict[str, Any] = field(default_factory=dict)  # what else harness gathered, by panel
-    seeded: tuple[Seeded, ...] = ()  # variants that have several training seeds
-
-    def cell(self, row: str, suite: str) -> Cell:
-        """The cell of a row and a suite."""
-        return self.cells[row, suite]
-
-    def measured(self, row: str, suite: str) -> list[TaskScore]:
-        """The tasks of a suite that a row was measured on, also where each has its own cell."""
-        return [
-            task
-            for cell in self.cells.values()
-            if cell.row == row and (cell.suite == suite or cell.suite.startswith(f"{suite}/"))
-            for task in cell.tasks
-        ]
-
-    @property
-    def gaps(self) -> list[Cell]:
-        """Cells without a number."""
-        return [cell for cell in self.cells.values() if cell.reason]
 
 
 def read(index: Path) -> Report:
@@ -180,7 +60,12 @@ def read(index: Path) -> Report:
                     programs=tuple(run.manifest.get("programs", {}).items()),
                 )
     content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
-    gains = _gains(content, opened)
+    for row in content["rows"]:  # runs of two versions of a suite may have unlike tasks
+        for suite in content["suites"]:
+            gap = "not measured: this row's run of the suite has no such task"
+            key = (row["name"], suite["name"])
+            cells.setdefault(key, Cell(*key, reason=gap))
+    gains = _gains(content, opened, cells)
     for key, gain in gains.items():
         changed = {"gain": gain} if isinstance(gain, Gain) else {"no_gain": gain}
         cells[key] = replace(cells[key], **changed)  # type: ignore[arg-type]
@@ -208,7 +93,7 @@ def _alone(suite: dict[str, Any]) -> list[dict[str, Any]]:
         return [suite]
     return [
         suite
-        | {"name": apart_name(suite["name"], task), "tasks": [task]}
+        | {"name": apart_name(suite["name"], task), "tasks": [task], "task_of": suite["name"]}
         | {"title": f"{suite['title']}: {task.get('title', task['task'])}"}
         for task in suite["tasks"]
     ]
@@ -218,7 +103,8 @@ def _column(suite: dict[str, Any]) -> Column:
     tasks = suite["tasks"]
     higher = all(task["higher_is_better"] for task in tasks)
     bits = bool(tasks) and all(task["metric"] == "bits_per_byte" for task in tasks)
-    return Column(suite["name"], suite["title"], higher, "" if bits else "%")
+    unit = "" if bits else "%"
+    return Column(suite["name"], suite["title"], higher, unit, suite.get("task_of", ""))
 
 
 def _generator(*names: str) -> Any:
@@ -244,30 +130,28 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
     scored = [t for t in tasks if t.score is not None]
     n = sum(task.n for task in tasks)
     n_total = sum(task["n_total"] for task in run.manifest["tasks"])
-    if len(scored) < len(tasks):
-        names = ", ".join(t.title for t in tasks if t.score is None)
-        reason = f"not measured: no item was scored in {names}"
-        if _outcomes(frame, "infra"):
-            reason += " (infrastructure: this machine could not judge them)"
-        return Cell(row, suite, reason=reason, tasks=tasks, run=where)
-    scores = [t.score for t in scored if t.score is not None]
-    spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in scored]
-    interval = macro_interval(scores, spans)
-    return Cell(
+    cell = Cell(
         row,
         suite,
-        score=macro(scores),
-        low=interval[0] if interval else None,
-        high=interval[1] if interval else None,
         n=n,
         n_total=n_total,
-        signature=signature(run.manifest, n, n_total),
         tasks=tasks,
         health=tuple(sorted(run.manifest.get("health", {}).items())),
         cost=tuple(sorted(run.manifest.get("cost", {}).items())),
         run=where,
         notes=tuple(run.manifest.get("notes") or ()),
     )
+    if len(scored) < len(tasks):
+        names = ", ".join(t.title for t in tasks if t.score is None)
+        reason = f"not measured: no item was scored in {names}"
+        if _outcomes(frame, "infra"):
+            reason += " (infrastructure: this machine could not judge them)"
+        return replace(cell, reason=reason)
+    scores = [t.score for t in scored if t.score is not None]
+    spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in scored]
+    low, high = macro_interval(scores, spans) or (None, None)
+    sign = signature(run.manifest, n, n_total)
+    return replace(cell, score=macro(scores), low=low, high=high, signature=sign)
 
 
 def _without(cell: Cell, names: Sequence[str]) -> Average | None:
@@ -325,7 +209,9 @@ def _task(run: Run, task: dict[str, Any], frame: pd.DataFrame) -> TaskScore:
 
 
 def _gains(
-    content: dict[str, Any], opened: dict[tuple[str, str], tuple[Run, pd.DataFrame]]
+    content: dict[str, Any],
+    opened: dict[tuple[str, str], tuple[Run, pd.DataFrame]],
+    cells: Mapping[tuple[str, str], Cell],
 ) -> dict[tuple[str, str], Gain | str]:
     """Every row against the reference, suite by suite, p-values corrected together."""
     from reports.statistics import holm
@@ -333,11 +219,14 @@ def _gains(
     margins = {suite["name"]: suite.get("margin") for suite in content["suites"]}
     out: dict[tuple[str, str], Gain | str] = {}
     for (row, suite), (run, frame) in opened.items():
-        if row == content["reference"]:
+        if row == content["reference"] or cells[row, suite].reason:
             continue
         base = opened.get((content["reference"], suite))
         if base is None:
             out[row, suite] = "the reference is not measured"
+            continue
+        if gap := cells[content["reference"], suite].reason:
+            out[row, suite] = f"the reference is {gap}"
             continue
         wrong = differences(run.manifest, base[0].manifest)
         if wrong:
@@ -364,8 +253,9 @@ def _compare(
     if alone:
         return f"not comparable: {alone} items were measured on one side only"
     both = both[both.value.notna() & both.value_base.notna()]
-    if both.empty:
-        return "not comparable: no item was scored on both sides"
+    gone = unscored(run, frame, both)
+    if gone:
+        return f"not comparable: no item was scored on both sides in {', '.join(gone)}"
     higher = {task["task"]: task["higher_is_better"] for task in run.manifest["tasks"]}
     sign = both.task.map(higher).map({True: 1.0, False: -1.0})
     both["difference"] = (both.value - both.value_base) * sign

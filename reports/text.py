@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reports.table import Column
+    from reports.cells import Column
 
 
 def number(value: float | None, column: Column) -> str:
@@ -31,9 +31,15 @@ def interval(low: float | None, high: float | None, column: Column, with_sign: b
 
 
 def escape(text: str) -> str:
-    """Text inside a Markdown table; names may hold anything."""
-    for mark in ("\\", "|", "<", ">", "`", "*", "_", "[", "]"):
-        text = text.replace(
-            mark, "\\" + mark if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark]
-        )
-    return text.replace("\n", " ")
+    """Text inside a Markdown table; names may hold anything. What does not print is a blank."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    for mark, said in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(mark, said)
+    for mark in ("\\", "|", "`", "*", "_", "[", "]"):
+        text = text.replace(mark, "\\" + mark)
+    return text
+
+
+def code(text: str) -> str:
+    """Text between backticks in Markdown: nothing in it ends them or the line."""
+    return "`" + "".join(c if c.isprintable() else " " for c in text.replace("`", "")) + "`"

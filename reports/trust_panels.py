@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from reports.calibration import Verdict, calibrate
+from reports.cells import Cell, Report
 from reports.formats import FAILURES
 from reports.panels import MISSING, Draw, Panel, Table, Value, count, words
-from reports.table import Cell, Report
 from reports.text import interval, signed
 
 
@@ -31,9 +31,10 @@ def published(report: Report) -> Panel | None:
 
 
 def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
-    cell = report.cell(entry.row, entry.suite)
+    cell = _holding(report, entry)
     task = next((t for t in cell.tasks if t.title == entry.task), None)
-    low, high = (task.low, task.high) if task else (cell.low, cell.high)
+    whole = task or (cell.without if _leaves_out(report, entry) else cell)
+    low, high = (whole.low, whole.high) if whole else (None, None)
     sign = task.signature if task else cell.signature
     measured = difference = reach = MISSING
     if entry.measured is not None and entry.difference is not None:
@@ -42,7 +43,7 @@ def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
         if low is not None and high is not None:
             reach = Value(f"{50 * (high - low):.2f}", high - low, sign)
     tone = {"matched": "better", "off": "worse"}.get(entry.verdict, "gap")
-    protocol = sign.split("|")[0].partition("@")[2]
+    protocol = sign.split("|")[0].rpartition("@")[2]
     return (
         words(entry.row),
         words(entry.suite),
@@ -57,9 +58,28 @@ def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
     )
 
 
+def _holding(report: Report, entry: Verdict) -> Cell:
+    """The cell that a published number stands beside: its suite's, or its task's where the suite
+    takes no average; an empty one where nothing of it was measured.
+    """
+    own = report.cells.get((entry.row, entry.suite))
+    alone = (
+        cell
+        for cell in report.parts(entry.row, entry.suite)
+        if any(task.title == entry.task for task in cell.tasks)
+    )
+    return own or next(alone, Cell(entry.row, entry.suite))
+
+
+def _leaves_out(report: Report, entry: Verdict) -> bool:
+    """Whether a number is a paper's second average, which leaves some tasks out."""
+    printed = (p for p in report.published if (p["row"], p["suite"]) == (entry.row, entry.suite))
+    return any(entry.task in list(p["averages"])[1:] for p in printed)
+
+
 def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[Value, ...] | None:
-    """A published gain of a suite's average over the reference, beside the measured one."""
-    cell = report.cell(entry.row, entry.suite)
+    """A published gain over the reference, of what has one here, beside the measured one."""
+    cell = _holding(report, entry)
     base = next(
         (
             other
@@ -70,9 +90,11 @@ def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[
     )
     if base is None or cell.gain is None or entry.row == report.reference:
         return None
-    if entry.task in {task.title for task in cell.tasks}:
+    if _leaves_out(report, entry):
+        return None  # the measured gain is that of the whole
+    if cell.suite == entry.suite and entry.task in {task.title for task in cell.tasks}:
         return None  # of a task; the report's gains are of suites
-    column = next(c for c in report.columns if c.name == entry.suite)
+    column = next(c for c in report.columns if c.name == cell.suite)
     gain, printed = cell.gain, entry.published - base.published
     able = "no item differs" if gain.detectable <= 0 else "yes"
     if gain.detectable > abs(printed):
@@ -95,7 +117,7 @@ def health(report: Report) -> Panel | None:
     lines = []
     for cell in report.cells.values():
         counts = dict(cell.health)
-        if cell.reason or not counts:
+        if not counts:
             continue
         line = [words(cell.row), words(cell.suite), _items(cell)]
         for kind in FAILURES:
@@ -116,6 +138,21 @@ def health(report: Report) -> Panel | None:
     head = ["row", "suite", "items", *FAILURES.values()]
     table = Table("Items that did not go as meant", head, tuple(lines))
     return Panel("Health", text, tables=(table,))
+
+
+def programs(report: Report) -> Panel | None:
+    """How many programs ended how, by row and suite."""
+    cells = [cell for cell in report.cells.values() if cell.programs]
+    if not cells:
+        return None
+    kinds = list(dict.fromkeys(kind for cell in cells for kind, _ in cell.programs))
+    lines = []
+    for cell in cells:
+        counts = dict(cell.programs)
+        shown = [count(counts.get(kind, 0), signature=cell.signature) for kind in kinds]
+        lines.append((words(cell.row), words(cell.suite), *shown))
+    head = ["row", "suite", *(kind.replace("_", " ") for kind in kinds)]
+    return Panel("How programs ended", tables=(Table("Programs", head, tuple(lines)),))
 
 
 def _items(cell: Cell) -> Value:
@@ -154,7 +191,7 @@ def contamination(report: Report) -> Panel | None:
 
 
 def provenance(report: Report) -> Panel | None:
-    """What made these numbers: machine, versions, commit, seed, recipe, identities, signatures."""
+    """What made or reported these numbers: machine, versions, recipe, identities, signatures."""
     facts = report.facts
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     text = [
@@ -181,6 +218,7 @@ def provenance(report: Report) -> Panel | None:
 PANELS: dict[str, Draw] = {
     "published": published,
     "health": health,
+    "programs": programs,
     "contamination": contamination,
 }
 LAST: dict[str, Draw] = {"provenance": provenance}

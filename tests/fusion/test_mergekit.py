@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fusion.checkpoints import merge as merge_folders
 from fusion.errors import RecipeError, RunError
-from fusion.mergekit import VARIABLE, configuration, made_by, merge, references, version
+from fusion.mergekit import VARIABLE, _run, configuration, made_by, merge, references, version
 
 REAL = os.environ.get(VARIABLE, "")
 # Takes the mean of the models in its configuration; what it does wrong is in its folder.
@@ -164,6 +164,14 @@ def test_the_identity_has_mergekits_version(fake: Path) -> None:
     before = made_by("mergekit:linear")["mergekit_version"]
     fake.write_text(fake.read_text() + "\n# another\n")
     assert before not in ("absent", made_by("mergekit:linear")["mergekit_version"])
+
+
+def test_a_program_whose_interpreter_is_gone_is_named_by_its_content(fake: Path) -> None:
+    for first in ("#!/gone/bin/python", "#! /gone/bin/python -s"):
+        fake.write_text(f"{first}\n")
+        assert version().startswith("program-")
+    with pytest.raises(RunError, match="cannot be run"):
+        _run(fake, fake, fake.parent / "out", 0, own=False)
 
 
 @pytest.mark.skipif(not REAL, reason=f"{VARIABLE} names no mergekit-yaml")

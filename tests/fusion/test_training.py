@@ -255,7 +255,7 @@ def test_the_published_codes_fusion_trains(
 def test_two_processes_give_the_loss_of_one(
     prepared: dict[str, Any], unbroken: Path, tmp_path: Path, stage: int
 ) -> None:
-    from harness.build import launch
+    from harness.launching import launch
 
     config = None
     if stage:

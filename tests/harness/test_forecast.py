@@ -17,7 +17,7 @@ from harness.forecast import Forecast, Questions, Work, forecast
 from harness.forecast_table import duration, sums, table
 from harness.plan import plan
 from harness.recipe import parse
-from harness.run import foresee, pending
+from harness.run import foresee, overview, pending
 
 TEXT = """
 sources:
@@ -113,11 +113,61 @@ def test_a_recipe_that_cannot_fit_is_exit_one(
         foresee(str(path))
 
 
+def test_a_budgeted_row_takes_what_the_other_and_its_sources_take(
+    found: Forecast, tiny: dict[str, Path], home: Path
+) -> None:
+    text = TEXT.replace("  pack:", "  equal: {train: {init: llama, budget: fused}}\n  pack:")
+    planned = plan(parse(text, "r"), home)
+    build(planned, ["llama", "gemma"])
+    planned = plan(planned.recipe, planned.home)
+    steps = pending(planned, planned.recipe.rows, ("build",))
+    again = forecast(planned, steps, calibrate=False)
+    parts = [work(found, "train", "fused").flops, work(found, "capture", "gemma").flops]
+    assert work(again, "train", "equal").flops == sum(part or 0 for part in parts)
+    assert [w.flops for w in again.work if w.name == "clm"] == [work(found, "train", "clm").flops]
+
+
+def test_processes_on_a_cpu_share_one_memory(home: Path) -> None:
+    text = TEXT + "machine: {device: cpu, processes: 4}\n"
+    memory = []
+    for change in ("", "machine.processes=1"):
+        planned = plan(parse(text, "r", [change] if change else []), home)
+        build(planned, ["llama"])
+        planned = plan(planned.recipe, planned.home)
+        steps = [step for step in planned.builds() if step.name == "clm"]
+        memory.append(forecast(planned, steps, calibrate=False).work[0].memory)
+    assert memory[0] == 4 * (memory[1] or 0) > 0
+
+
+def test_a_suite_without_an_average_has_a_line_for_each_task() -> None:
+    alone = (("TriviaQA", 500, (0.028, 0.056)), ("IWSLT2017", 500, None))
+    asked = Questions("generation@fusellm", 1000, 1000, None, {}, 50, alone=alone)
+    text = table(Forecast((asked,), (), 10, 10, "cpu"))
+    assert "no average: each task alone" in text
+    assert "2.8 points / 5.6 points" in text
+    assert "not known before it is measured" in text
+
+
 def test_questions_that_cannot_be_had_are_named() -> None:
     lost = Questions("bbh@fusellm", 0, 0, None, {}, 0, "no network")
     text = table(Forecast((lost,), (), 10, 10, "cpu"))
     assert "no network" in text
     assert "unknown" in text
+
+
+def test_brackets_in_names_and_reasons_are_text() -> None:
+    lost = Questions("lm_eval:[x]", 0, 0, None, {}, 0, "absent [/data/x] :smile:")
+    work = Work("train", "fused[top_k=4]", None, None, None, 0, None)
+    text = table(Forecast((lost,), (work,), 10, 10, "cpu"))
+    for part in ("lm_eval:[x]", "absent [/data/x] :smile:", "fused[top_k=4]"):
+        assert part in text
+
+
+def test_brackets_in_names_are_text_in_what_would_be_done(home: Path) -> None:
+    text = TEXT.replace("clm:", '"clm[bold]":').replace(": clm", ": clm[bold]")
+    planned = plan(parse(text, "r"), home)
+    said = overview(planned, planned.recipe.rows, ("build", "evaluate"))
+    assert "clm[bold]" in said.partition("to build:")[0]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (600, "10 min"), (9000, "2.5 h")])

@@ -11,6 +11,7 @@ import pytest
 from fusion.errors import RunError
 from harness.plan import Plan, plan
 from harness.recipe import parse
+from harness.steps import root
 from harness.store import finish, identity
 
 TEXT = """
@@ -94,6 +95,32 @@ def test_domains_are_another_corpus_and_their_order_is_not(home: Path) -> None:
     assert changed(home, given + "[town]") == {"clm", "merged"}
     one, two = (planned(home, given + d).identities["clm"] for d in ("[a, b]", "[b, a]"))
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("more", "own"),
+    [({}, False), ({"dtype": "float32"}, False), ({"tokenizer": {"source": "union"}}, True)]
+    + [({"tokenizer_source": "b"}, True), ({"modules": {}}, True)],
+)
+def test_a_merge_with_a_tokenizer_or_layers_of_its_own_is_what_follows_packs_by(
+    home: Path, more: dict, own: bool
+) -> None:
+    given = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]} | more
+    merge = f"variants.merged.merge={{mergekit: {given}}}"
+    text = TEXT.replace("  pack:", "  later: {train: {init: merged}}\n  pack:")
+    found = planned(home, merge, "variants.pack.ensemble.members=[a, merged]", text=text)
+    carries = "merged" if own else "a"
+    assert {row: root(found.recipe, row) for row in ("clm", "merged", "later")} == {
+        "clm": "a",
+        "merged": carries,
+        "later": carries,
+    }
+    packs = {step.content["row"]: step for step in found.builds() if step.kind == "pack"}
+    assert "later" in packs[carries].rows
+    assert packs[carries].content["tokenizer"] == found.identities[carries]
+    (mapped,) = [s for s in found.builds() if s.kind == "map" and "pack" in s.rows]
+    assert (mapped.content["source_row"], mapped.content["target_row"]) == (carries, "a")
+    assert found.identities[carries] in mapped.needs
 
 
 def test_key_order_does_not_matter() -> None:

@@ -101,6 +101,13 @@ def test_all_mistakes_come_in_one_message() -> None:
         ("function: min_ce", "fidelity: reference, parameters: {bfloat61: false}", "(bfloat16?)"),
         ("function: min_ce", "fidelity: referense", "'reference'"),
         ("weights: [1, 2]", "wieghts: [1, 2]", "(weights?)"),
+        ("weights: [1, 2]", "weights: [1]", "merge.parameters.weights  1 for 2 inputs"),
+        ("linear, parameters: {weights: [1, 2]", "fisher, parameters: {floor: 0", "greater than 0"),
+        (
+            "linear, parameters: {weights: [1, 2]",
+            "'mergekit:linear', parameters: {seed: x",
+            "merge.parameters.seed  'x' is not right; should be a whole number",
+        ),
         ("method: linear", "method: varm", "works on changes against a base"),
         ("train: {init: a, learning_rate: 1e-4}", "train: {init: clm}", "needs itself"),
         ("inputs: [clm, fused]", "inputs: [clm, pack]", "no weights to build on"),
@@ -244,3 +251,19 @@ def test_parameters_of_a_mergekit_method_are_its_own() -> None:
         parse(GOOD, "r.yaml", [f"variants.merged.merge={padded}"])
     assert "its configuration has a tokenizer section" in str(caught.value)
     assert "one for each of the inputs" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "hello",
+        "[1]",
+        "{merge: {mergekit: {merge_method: linear, models: [{model: a}]}, parameters: 5}}",
+        "{merge: {inputs: [a], method: [fisher]}}",
+        "{ensemble: {members: [a, b], rule: [x]}}",
+        "{ensemble: {members: [a, b, a], rule: mean_logit, level: token, weights: [0, 0.5, 0.5]}}",
+    ],
+)
+def test_wrong_shapes_are_named_and_no_traceback(variant: str) -> None:
+    text = GOOD.replace("  merged:", f"  wrong: {variant}\n  merged:")
+    assert "variants.wrong" in problems(text)

@@ -13,6 +13,7 @@ from harness.plan import plan
 from harness.recipe import parse
 from harness.run import pending
 from reports.records import Run, read_primary, read_samples
+from reports.signature import differences
 
 TEXT = """
 sources: {llama: {path: "tiny:llama"}}
@@ -43,9 +44,23 @@ def test_the_same_weights_give_the_same_answers_in_smaller_batches(home: Path) -
             assert likely[1][key] == pytest.approx(values, abs=1e-4)
 
 
+def test_a_repeat_is_measured_by_the_backend_of_the_row_that_it_repeats(home: Path) -> None:
+    hf = ["evaluate.backend=hf", "evaluate.suites=[tiny_choice]", "evaluate.limit=4"]
+    planned = plan(parse(TEXT, "r", hf), home)
+    build(planned, ["llama"])
+    one, other = (planned.evaluations(row)[0] for row in ("llama", "again"))
+    assert one.content["backend"] == other.content["backend"] == "hf"
+    opened = [Measuring(planned)._open(row) for row in ("llama", "again")]
+    assert [model.lm.batch_size for model in opened] == [16, 8]
+    assert not measure_rows(planned, {"llama": [one], "again": [other]})
+    first, second = (Run.open(step.folder).manifest for step in (one, other))
+    assert differences(second, first) == []
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("evaluate.backend=vllm", r"variants\.again\.repeat +backend vllm forms its batches"),
         ("variants.again.repeat.row=lama", "'lama' is no row here"),
         ("variants.twice={repeat: {row: again}}", "no such row to override"),
         ("variants.again.repeat={}", "missing"),

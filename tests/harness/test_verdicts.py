@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 
 from harness.cli import main
+from reports.items import items
+from reports.table import read
+from tasks.suite import load_suite
 from tests.reports.test_compare import RIGHT, evaluation
 
 
@@ -164,6 +167,81 @@ def test_runs_without_a_recipe_make_a_report(
     assert "rows: base, candidate" in capsys.readouterr().err
     assert kfuse(monkeypatch, "report", "tiny", "--reference", "nobody") == 2
     assert "belong to folders of runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rule", ["apart", "macro"])
+def test_runs_of_two_versions_of_a_suite_stand_in_one_report(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path))
+    evaluation(tmp_path, "old", {"a": RIGHT, "gone": RIGHT}, rule=rule)
+    evaluation(tmp_path, "new", {"new": RIGHT, "a": 1 - RIGHT}, rule=rule, protocol="p2")
+    evaluation(tmp_path, "third", {"a": RIGHT, "gone": 1 - RIGHT}, rule=rule)
+    assert kfuse(monkeypatch, "report", tmp_path / "evaluations", "--reference", "old") == 0
+    (index,) = (tmp_path / "reports").glob("*/index.json")
+    report = read(index)
+    cells = {(r["name"], c.name): report.cell(r["name"], c.name) for r in report.rows
+             for c in report.columns}  # fmt: skip
+    assert set(cells) == set(report.cells)
+    if rule == "macro":
+        assert [cell.reason for cell in cells.values()] == [None] * 3
+        return
+    assert {suite for _, suite in cells} == {"suite/a", "suite/gone", "suite/new"}
+    gap = cells["old", "suite/new"].reason
+    assert gap == "not measured: this row's run of the suite has no such task"
+    assert [bool(cell.reason) for cell in cells.values()].count(True) == 3
+    panel = items(report)
+    assert panel is not None
+    (differ,) = panel.data["suites"]  # in the one task that two comparable rows differ on
+    assert (differ["name"], {item["task"] for item in differ["items"]}) == ("suite/gone", {"gone"})
+
+
+def test_a_corpus_without_counts_or_without_a_mean_is_a_sentence_and_exit_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = evaluation(tmp_path, "base", {"a": RIGHT, "b": RIGHT}, metric="bleu")
+    other = evaluation(tmp_path, "candidate", {"a": RIGHT, "b": RIGHT}, metric="bleu")
+    for command in (("compare", one, other), ("leaderboard", one, other)):
+        assert kfuse(monkeypatch, *command) == 1
+        assert "derive the scores again with `kfuse rescore`" in capsys.readouterr().err
+    for folder in (one, other):
+        frame = pd.read_parquet(folder / "scores.parquet")
+        counts = [[4, 4, 4, 3, 2, 1, 4, 3, 2, 1]] * len(frame)
+        frame.assign(counts=counts).to_parquet(folder / "scores.parquet")
+    assert kfuse(monkeypatch, "compare", one, other) == 1
+    assert "suite: bleu have no mean over items" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "leaderboard", one, other) == 0
+    assert "no rank intervals and no groups" in capsys.readouterr().out
+
+
+def test_a_run_without_items_and_a_folder_in_a_files_place_are_exit_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluation(tmp_path, "base", {"a": RIGHT}, partial=True)
+    frame = pd.read_parquet(run / "scores.parquet")
+    frame[:0].to_parquet(run / "scores.parquet")
+    assert kfuse(monkeypatch, "leaderboard", run) == 1
+    assert "scores.parquet: no item; evaluate the row again" in capsys.readouterr().err
+    (run / "manifest.json").rename(tmp_path / "kept")
+    (tmp_path / "folder.csv").mkdir()
+    assert kfuse(monkeypatch, "leaderboard", tmp_path / "folder.csv") == 1
+    assert "no finished run, report or lm-eval result is here" in capsys.readouterr().err
+
+
+def test_a_report_of_runs_has_the_suites_second_average_and_says_who_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path))
+    suite = load_suite("multipl_e@fusellm")
+    go, other = suite.without[0], next(t.name for t in suite.tasks if t.name not in suite.without)
+    tasks = {go: RIGHT * 0, other: RIGHT}
+    one = evaluation(tmp_path, "base", tasks, suite="multipl_e@fusellm")
+    assert kfuse(monkeypatch, "report", one, "--name", "mine") == 0
+    (index,) = (tmp_path / "reports").glob("mine-*/index.json")
+    assert f"without {go} 60.0" in (index.parent / "report.md").read_text().replace("\\", "")
+    page = (index.parent / "report.html").read_text()
+    assert f"without {go} 60.0" in page
+    assert "reported on " in page
 
 
 def test_runs_that_claim_one_place_or_cannot_be_read_are_exit_one(

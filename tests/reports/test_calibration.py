@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from reports.calibration import judge, macro_tolerance, tolerance
 from reports.formats import markdown
 from reports.table import read
-from tests.reports.test_report import run, store
+from reports.trust_panels import published
+from tests.reports.test_report import TASK, run, store
 
 
 def test_the_tolerance_is_rounding_and_twice_the_flips() -> None:
@@ -38,7 +40,7 @@ def test_a_number_is_matched_off_or_not_comparable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("published", "items", "unlike", "shown"),
+    ("printed", "items", "unlike", "shown"),
     [
         (0.60, 40, "", r"| base | acc | first | 60.00 | 60.00 | +0.00 | matched: 0.00 points"),
         (0.70, 40, "", r"| base | acc | first | 70.00 | 60.00 | -10.00 | off: 10.00 points"),
@@ -47,7 +49,7 @@ def test_a_number_is_matched_off_or_not_comparable() -> None:
     ],
 )
 def test_markdown_shows_published_beside_measured(
-    tmp_path: Path, published: float, items: int, unlike: str, shown: str
+    tmp_path: Path, printed: float, items: int, unlike: str, shown: str
 ) -> None:
     values = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 1] * 4)
     cells = {
@@ -60,7 +62,7 @@ def test_markdown_shows_published_beside_measured(
         "suite": "acc",
         "paper": "A paper",
         "table": "table 9",
-        "values": {"t1": published, "average": published},
+        "values": {"t1": printed, "average": printed},
         "averages": {"average": ["t1"]},
         "items": {"t1": items},
         "decimals": 2,
@@ -72,6 +74,36 @@ def test_markdown_shows_published_beside_measured(
     assert shown in text
     assert "A paper, table 9" in text
     assert text.count("| base | acc | average |") == 1
+
+
+def test_a_second_average_stands_beside_its_own_numbers_and_not_the_wholes(tmp_path: Path) -> None:
+    tasks = [TASK | {"task": name, "title": name.title(), "n_total": 20} for name in ("go", "rust")]
+    how = {"tasks": tasks, "partial": False}
+    worse = np.array([1, 0, 0, 1] * 10)
+    better = np.where(np.arange(40) % 2 == 0, 1, worse)  # gains in Go alone
+    rows = {"base": worse, "other": better}
+    cells = {row: {"acc": {"run": run(tmp_path, row, v, **how)}} for row, v in rows.items()}
+    path = store(tmp_path, cells)
+    content = json.loads(path.read_text())
+    content["suites"] = [content["suites"][0] | {"tasks": tasks, "without": ["go"]}]
+    averages = {"average": ["go", "rust"], "average without Go": ["rust"]}
+    entry = {"suite": "acc", "paper": "P", "table": "t", "averages": averages, "items": {}}
+    entry |= {"decimals": 2, "unlike": "", "values": dict.fromkeys(averages, 0.5)}
+    content["published"] = [entry | {"row": row} for row in rows]
+    path.write_text(json.dumps(content))
+    for scores in tmp_path.glob("evaluations/*/scores.parquet"):
+        frame = pd.read_parquet(scores)
+        frame.assign(task=["go", "rust"] * 20).to_parquet(scores)
+    report = read(path)
+    panel = published(report)
+    assert panel
+    scores_table, gains = panel.tables
+    cell = report.cell("other", "acc")
+    assert cell.without
+    reach = {(x[0].text, x[2].text): x[6].order for x in scores_table.rows}
+    assert reach["other", "average without Go"] == cell.without.high - cell.without.low  # type: ignore[operator]
+    assert reach["other", "average"] == cell.high - cell.low  # type: ignore[operator]
+    assert [line[1].text for line in gains.rows] == ["acc, average"]
 
 
 def test_without_published_numbers_there_is_no_section(tmp_path: Path) -> None:

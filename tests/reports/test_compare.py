@@ -98,6 +98,20 @@ def test_a_suite_is_the_macro_mean_of_its_tasks(tmp_path: Path) -> None:
     assert comma_separated([found]).count("\n") == 11
 
 
+def test_a_task_that_was_asked_but_not_scored_leaves_no_gain_of_a_sample(tmp_path: Path) -> None:
+    sampled = {"partial": True, "limit": 100}
+    base = evaluation(tmp_path, "b", {"x": RIGHT, "y": RIGHT}, **sampled)
+    unscored = {"x": RIGHT, "y": np.full(100, np.nan)}
+    other = evaluation(tmp_path, "c", unscored, **sampled)
+    with pytest.raises(NotComparable, match="no item of y was scored on both sides"):
+        compare(Run.open(base), Run.open(other))
+    for folder in (base, other):  # without any record of it, the sample did not draw it
+        frame = pd.read_parquet(folder / "scores.parquet")
+        frame[frame.task == "x"].to_parquet(folder / "scores.parquet")
+    found = compare(Run.open(base), Run.open(other), items=False)
+    assert [task.name for task in found.tasks] == ["x"]
+
+
 def test_lower_bits_are_a_gain(tmp_path: Path) -> None:
     bits = np.linspace(0.9, 1.1, 50)
     base = evaluation(tmp_path, "base", {"a": bits}, metric="bits_per_byte")

@@ -20,11 +20,13 @@ from sacrebleu.significance import PairedTest
 from reports import corpus
 from reports.calibration import calibrate
 from reports.compare import NotComparable, compare, open_pairs
+from reports.costs import frame
 from reports.formats import comma_separated, markdown
 from reports.gate import default, judge
 from reports.leaderboard import boards, find_runs
 from reports.records import Run, apart, read_primary
 from reports.table import read
+from reports.trust_panels import published
 
 WORDS = ("der", "alte", "Hund", "lief", "schnell", "nach", "Hause", ".")
 WORD = st.sampled_from(WORDS)
@@ -106,7 +108,7 @@ def made(home: Path, row: str, keep: float, **changes: Any) -> dict[str, str]:
     said, _ = texts(5, 60, keep)
     _, references = texts(5, 60, 1.0)
     scored = [corpus.bleu_counts(a, b) for a, b in zip(said, references, strict=True)]
-    frame = pd.DataFrame(
+    table = pd.DataFrame(
         {
             "task": ["t"] * 60 + ["m"] * 60,
             "doc_id": [*range(60), *range(60)],
@@ -120,10 +122,10 @@ def made(home: Path, row: str, keep: float, **changes: Any) -> dict[str, str]:
         }
     )
     if "counts" in changes:
-        frame = frame.drop(columns="counts")
+        table = table.drop(columns="counts")
     folder = home / "evaluations" / row
     folder.mkdir(parents=True)
-    frame.to_parquet(folder / "scores.parquet")
+    table.to_parquet(folder / "scores.parquet")
     both = {"higher_is_better": True, "shots": 0, "protocol": "p"}
     health = {"truncated": 1, "unextracted": 2, "tie": 0, "infra": 0}
     tasks = [task | both | {"health": health} for task in TASKS]
@@ -181,6 +183,9 @@ def test_a_suite_without_an_average_is_reported_task_by_task(index: Path) -> Non
     assert dict(cell.health)["unextracted"] == 2
     costs = [dict(report.cell("base", f"gen/{t}").cost) for t in ("Trivia", "MT")]
     assert costs == [{"seconds": 3.0}, {}], "what the whole suite took is said once"
+    lines = frame(report).to_dict("records")
+    found = [(line["row"], line["of"], line["seconds"]) for line in lines]
+    assert found == [("base", "gen", 3.0), ("new", "gen", 3.0)]
     (verdict,) = calibrate(report)
     assert (verdict.verdict, verdict.reason) == ("not comparable", "nobody knows how")
     assert verdict.measured == cell.score
@@ -188,6 +193,45 @@ def test_a_suite_without_an_average_is_reported_task_by_task(index: Path) -> Non
     assert "gen/MT (%, higher is better)" in text
     assert "average" not in text.lower()
     assert "gen/MT" in comma_separated(report)
+
+
+def test_published_numbers_stand_beside_the_task_that_has_them(index: Path) -> None:
+    content = json.loads(index.read_text())
+    (entry,) = content["published"]
+    entry["values"] |= {"gone": 0.2}
+    content["published"] = [entry, entry | {"row": "new", "values": {"m": 0.265}}]
+    content["published"] += [entry | {"row": "gone", "values": {"m": 0.1}}]
+    index.write_text(json.dumps(content))
+    report = read(index)
+    panel = published(report)
+    assert panel
+    scores, gains = panel.tables
+    shown = [[value.text for value in line] for line in scores.rows]
+    cell = report.cell("base", "gen/MT")
+    assert [line[:3] for line in shown][0] == ["base", "gen", "MT"]
+    assert shown[0][4] == f"{100 * (cell.score or 0):.2f}"
+    assert scores.rows[0][4].signature == cell.tasks[0].signature
+    assert [line[4] for line in shown if line[2] in ("gone", "m")] == ["–", "–"]
+    (line,) = gains.rows
+    gain = report.cell("new", "gen/MT").gain
+    assert gain
+    assert [value.text for value in line[:3]] == ["new", "gen, MT", "+20.00"]
+    assert line[3].order == gain.value
+
+
+def test_no_reference_line_or_variants_gain_is_a_mean_of_sentences(index: Path) -> None:
+    content = json.loads(index.read_text())
+    home = index.parent.parent.parent
+    content["cells"]["gone"] = {"gen": made(home, "gone", 0.7)}
+    content["rows"][1] |= {"kind": "train", "sources": ["base", "gone"], "trained": "one"}
+    content["rows"][2]["trained"] = "one"
+    index.write_text(json.dumps(content))
+    report = read(index)
+    (line,) = [line for line in report.lines if line.suite == "gen/MT"]
+    assert line.value is None
+    assert "bleu is a score of the whole corpus" in line.reason
+    assert {x.name for x in report.lines if x.suite == "gen/Trivia"} >= {"item oracle"}
+    assert [found.suite for found in report.seeded] == ["gen/Trivia"]
 
 
 def test_rows_are_compared_gated_and_ranked_task_by_task(index: Path) -> None:

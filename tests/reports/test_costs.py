@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from reports.cells import Cell, Column, Report
 from reports.costs import MEASURES, comma_separated, frame, markdown, scaled
-from reports.table import Cell, Column, Report
 
 TRAINED = {
     "seconds": 12.34,

@@ -7,6 +7,8 @@ import importlib.util
 import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,39 @@ def test_a_row_without_scores_has_a_reason_and_no_zero(tmp_path: Path) -> None:
     assert "y: not measured: no item was scored in a" in found.note
 
 
+@pytest.mark.parametrize("metric", ["acc", "bleu"])
+def test_rows_that_share_no_scored_item_have_ranks_without_intervals(
+    metric: str, tmp_path: Path
+) -> None:
+    for row in ("x", "y"):
+        evaluation(tmp_path, row, {"a": RIGHT}, metric=metric)
+    for row, odd in (("x", 0), ("y", 1)):
+        counts = [[4, 4, 4, 3, 2, 1, 4, 3, 2, 1]] * len(RIGHT)
+        _RUNS.change_scores(
+            tmp_path / "evaluations" / f"{row.encode().hex()}-suite",
+            lambda f, odd=odd, counts=counts: f.assign(
+                value=f.value.where(f.doc_id % 2 == odd), counts=counts
+            ),
+        )
+    (found,) = boards(find_runs([tmp_path / "evaluations"])[0])
+    assert [(line.rank_low, line.rank_high, line.group) for line in found.lines] == [
+        (None, None, "")
+    ] * 2
+    assert "no rank intervals and no groups" in found.note
+    assert all(text([found]) for text in (markdown, comma_separated, latex, html))
+
+
+def test_a_folder_named_as_a_table_is_a_folder_of_runs(tmp_path: Path) -> None:
+    for name in ("x.csv", "y.json"):
+        run = evaluation(tmp_path / name, "x", {"a": RIGHT})
+        run.parent.rename(tmp_path / "moved")
+        (tmp_path / name).rmdir()
+        (tmp_path / "moved").rename(tmp_path / name)
+        (found,), imported = find_runs([tmp_path / name])
+        assert found.manifest["row"] == "x"
+        assert imported == []
+
+
 RESULTS = {
     "model_name": "org/model|<&_%",
     "results": {
@@ -165,6 +200,22 @@ def test_the_page_shows_every_row_and_no_markup_of_theirs(tmp_path: Path) -> Non
     assert "&lt;script&gt;alert" in text
     assert text.count('<th scope="row"') == 2
     assert 'data-order="0.6"' in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
+def test_the_table_compiles_whatever_rows_are_called(tmp_path: Path) -> None:
+    names = [HOSTILE, "[x] row", "ünïcödé–−…", "名前", "'a' \"b\" `c` -- ---", ""]
+    rows = {name: {"a": RIGHT, "b_c": RIGHT} for name in names}
+    document = "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs,longtable}"
+    body = latex([board(tmp_path, rows)] * 2)
+    (tmp_path / "t.tex").write_text(f"{document}\\begin{{document}}{body}\\end{{document}}")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout[-800:].decode(errors="replace")
+    assert (tmp_path / "t.pdf").stat().st_size > 1000
 
 
 def test_five_hundred_rows(tmp_path: Path) -> None:

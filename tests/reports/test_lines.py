@@ -179,6 +179,16 @@ def test_what_is_not_there_has_a_reason_and_no_number(
     assert line.value is line.low is None
 
 
+def test_no_line_is_of_the_tasks_that_are_left() -> None:
+    lost = [*A[:6], *[np.nan] * 4]
+    (line,) = [x for x in found(a=lost, b=B, fused=FUSED).values() if x.suite]
+    assert line.reason == "not measured: no item was scored for all sources in t2"
+    # A sample that left t2 out for all rows is of t1 alone.
+    some = {row: run(row, v, partial=True) for row, v in {"a": A, "b": B, "fused": FUSED}.items()}
+    got = found(**{row: (one, frame[:6]) for row, (one, frame) in some.items()})
+    assert got["", "item oracle"].value == pytest.approx(4 / 6)
+
+
 def test_a_target_that_is_not_measured(tmp_path: Path) -> None:
     rows = [*ROWS[:2], ROWS[3] | {"target": "unused"}]
     line = found(rows, a=A, b=B, fused=FUSED)["fused", "forgotten"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from reports.cells import Cell, Column, Report, TaskScore
 from reports.lines import BEST, EMERGENT, FORGOTTEN, GAP, ITEM_ORACLE, TASK_ORACLE, WON, Line
 from reports.lines_formats import comma_separated, markdown, tables, terminal
-from reports.table import Cell, Column, Report, TaskScore
 
 ROW = "fu|sed"
 
@@ -79,14 +80,18 @@ def test_domains_stand_beside_the_papers_and_are_not_compared(report: Report) ->
     assert found[paper] == (["row", "Phil", "average"], [["Pythia", "0.9008", "0.7275"]])
 
 
-def test_a_terminal_shows_them_as_they_are(report: Report) -> None:
+def test_a_terminal_shows_a_papers_domains_and_leaves_lines_to_files(report: Report) -> None:
     from rich.console import Console
 
+    plain = copy(report)
+    plain.domains = None
+    assert terminal(plain) == []
     console = Console(width=200, record=True)
     with console.capture() as shown:
         console.print(*terminal(report))
-    for text in (ROW, "25.0 % [10.0, 50.0] (a: 3 of 12)", "not measured: no records of b"):
-        assert text in shown.get()
+    assert "Pythia │ 0.9008 │ 0.7275" in shown.get()
+    assert "not comparable" in shown.get()
+    assert "25.0 % [10.0, 50.0]" not in shown.get()
 
 
 def test_csv_has_fractions_and_empty_fields(report: Report) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from reports.cells import Report
 from reports.html import page, panels
 from reports.panels import Panel
-from reports.table import Report, read
+from reports.table import read
 from reports.untrusted import clipped, plain, script_json
 
 HOSTILE = (
@@ -227,6 +228,19 @@ def test_heat_and_languages_show_differences_to_the_reference(drawn: dict[str, P
     assert "rule:micro" in micro[1].signature
 
 
+def test_a_row_of_another_protocol_has_no_tint(tmp_path: Path) -> None:
+    suites = {name: SUITES[name] for name in ("bbh__fusellm", "multipl_e__fusellm")}
+    path = made_up(tmp_path, ["base", "one", "other"], suites)
+    for manifest in tmp_path.glob("evaluations/2-*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"protocol": "p2"}))
+    shown = panels(read(path))
+    for line in (*shown["bbh"].tables[0].rows, *shown["languages"].tables[0].rows):
+        assert line[2].note
+        assert line[3].text != "–"
+        assert not line[3].note
+        assert not line[3].tone
+
+
 def test_every_score_says_which_measurement_it_is(drawn: dict[str, Panel]) -> None:
     for name in ("scores", "gains", "bbh", "languages", "tasks", "health", "quality"):
         for table in drawn[name].tables:
@@ -261,6 +275,23 @@ def test_items_are_those_that_differ_and_counted_whole(
         assert data["texts"][item["gold"]] == '"yes"'
 
 
+def test_items_of_a_suite_without_an_average_are_those_of_each_task(tmp_path: Path) -> None:
+    path = made_up(tmp_path, ["base", "one"], {"gen": (2, "exact_match", True)}, items=30)
+    content = json.loads(path.read_text())
+    content["suites"][0]["rule"] = "apart"
+    path.write_text(json.dumps(content))
+    for manifest in tmp_path.glob("evaluations/*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"rule": "apart"}))
+    data = panels(read(path))["items"].data
+    assert [suite["name"] for suite in data["suites"]] == ["gen/gen_0", "gen/gen_1"]
+    for suite in data["suites"]:
+        assert {item["task"] for item in suite["items"]} == {suite["name"].removeprefix("gen/")}
+        assert suite["differ"][0][1] == len(suite["items"])
+        for item in suite["items"]:
+            assert all(data["texts"][place].startswith("Question ") for place in item["asked"])
+            assert -1 not in item["asked"]
+
+
 def test_items_keep_to_their_budget(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {}
     for budget in (40_000, 80_000):
@@ -287,8 +318,10 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     path = made_up(tmp_path, ["base", "one"], {"commonsense": (1, "acc", False)}, items=40)
     part = tmp_path / "evaluations" / "0-commonsense" / "samples-00000.parquet"
     part.write_bytes(part.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"0-commonsense/samples-00000\.parquet: not a readable"):
-        panels(read(path))
+    shown = panels(read(path))
+    (text,) = shown["items"].text
+    assert "0-commonsense/samples-00000.parquet: not a readable" in text
+    assert "scores" in shown
 
 
 def test_hostile_text_never_becomes_markup_or_script(tmp_path: Path) -> None:

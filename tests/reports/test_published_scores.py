@@ -52,6 +52,9 @@ def test_each_source_has_columns_of_its_own_and_says_so(tmp_path: Path) -> None:
         (HEAD + "a,bbh,0.5,X,,,,,\n", "more cells"),
         (HEAD + "a,bbh,0.5,X,,,\na,bbh,0.6,X,,,\n", "stands there twice"),
         (HEAD + "a,bbh,0.5,X,,,maybe\n", "yes or no"),
+        (HEAD + "a,bbh,0.5,X,0,,\n", "n is 0"),
+        (HEAD + "a,bbh,0.5,X,1.5,,\n", "n is 1.5"),
+        (HEAD + "a,bbh,0.5,X,,-0.1,\n", "error is -0.1"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -60,6 +63,14 @@ def test_what_is_wrong_is_named(text: str, message: str, tmp_path: Path) -> None
     assert message in str(caught.value)
     with pytest.raises(NotComparable):
         find_runs([tmp_path / "scores.csv"])
+
+
+def test_bits_are_bits_whatever_the_protocol_and_directions_stand_apart(tmp_path: Path) -> None:
+    text = HEAD + "a,bits_per_byte@x,0.98,X,,,\nb,bits_per_byte@x,0.72,X,,,\n"
+    (found,) = boards(*find_runs([table(tmp_path, text)]))
+    assert (found.unit, [line.row for line in found.lines]) == ("", ["b", "a"])
+    text = HEAD + "a,loss,0.9,X,,,yes\nb,loss,0.7,X,,,no\n"
+    assert len(boards(*find_runs([table(tmp_path, text)]))) == 2
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from reports.cells import Report
 from reports.formats import comma_separated, gain_text, headline, markdown, score_text, terminal
+from reports.html import panels
 from reports.report import write
-from reports.table import Report, read
+from reports.table import read
 
 TASK = {
     "task": "t1",
@@ -240,6 +242,30 @@ def test_missing_items_and_unscored_ones(tmp_path: Path) -> None:
     assert "no item was scored" in str(report.cell("none", "acc").reason)
 
 
+def test_without_a_score_on_both_sides_there_is_no_gain(tmp_path: Path) -> None:
+    tasks = [TASK | {"task": name, "title": name} for name in ("go", "rust")]
+    half = np.full(40, np.nan)
+    unjudged = {"base": {"go": RIGHT, "rust": half}, "none": {"go": 1 - RIGHT, "rust": half}}
+    unjudged["whole"] = {"go": 1 - RIGHT, "rust": RIGHT}
+    gap = {"reason": "not run"}
+    runs = {
+        row: {"acc": {"run": run(tmp_path, row, RIGHT, tasks=tasks)}, "bits": gap}
+        for row in unjudged
+    }
+    for row, values in unjudged.items():
+        path = tmp_path / runs[row]["acc"]["run"] / "scores.parquet"
+        frame = pd.read_parquet(path)
+        parts = [frame.assign(task=task, value=v.astype(float)) for task, v in values.items()]
+        pd.concat(parts).to_parquet(path)
+    report = read(store(tmp_path, runs))
+    none, whole = report.cell("none", "acc"), report.cell("whole", "acc")
+    assert none.reason == "not measured: no item was scored in rust"
+    assert none.gain is None
+    assert whole.score is not None
+    assert whole.gain is None
+    assert whole.no_gain == "the reference is not measured: no item was scored in rust"
+
+
 class Page(HTMLParser):
     """What a browser would make of a page: its tags, and every address in it."""
 
@@ -290,6 +316,21 @@ def test_a_report_can_be_printed(index: Path) -> None:
     assert "not measured: gap/bits: not built: no corpus" in shown.get()
 
 
+def test_a_recipe_named_as_markup_is_text(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    gap = {"reason": "absent [/data/x]"}
+    path = store(
+        tmp_path, {"base": {"acc": gap, "bits": gap}, "fused[top_k=4]": {"acc": gap, "bits": gap}}
+    )
+    path.write_text(path.read_text().replace('"demo"', '"demo[/x]"'))
+    console = Console(width=140)
+    with console.capture() as shown:
+        console.print(terminal(read(path)))
+    for part in ("demo[/x]: gains", "absent [/data/x]", "fused[top_k=4]"):
+        assert part in shown.get()
+
+
 def test_damage_names_the_file(index: Path) -> None:
     (scores,) = index.parent.parent.parent.glob(f"evaluations/{b'lost'.hex()}-acc/scores.parquet")
     scores.write_bytes(scores.read_bytes()[:100])
@@ -328,16 +369,86 @@ def test_a_second_average_leaves_a_task_out_also_where_the_first_has_no_score(
     assert score_text(report.cell("base", "acc"), report.columns[0]).startswith(
         "not measured; without Go 37.5"
     )
+    (line,) = panels(report)["scores"].tables[0].rows
+    assert line[1].text == score_text(report.cell("base", "acc"), report.columns[0])
     frame.loc[frame.task == "php", "value"] = float("nan")
     frame.to_parquet(scores)
     assert read(path).cell("base", "acc").without is None
 
 
+def test_no_gain_is_of_the_tasks_that_are_left(tmp_path: Path) -> None:
+    tasks = [TASK | {"task": name, "title": name.title(), "n_total": 20} for name in ("go", "rust")]
+    how: dict[str, Any] = {"tasks": tasks, "partial": False}
+    names = ("base", "one", "two")
+    cells = {row: {"acc": {"run": run(tmp_path, row, RIGHT, **how)}} for row in names}
+    path = store(tmp_path, cells)
+    content = json.loads(path.read_text())
+    content["suites"] = [content["suites"][0] | {"tasks": tasks}]
+    for row in content["rows"][1:]:
+        row["trained"] = "same"
+    path.write_text(json.dumps(content))
+    for scores in tmp_path.glob("evaluations/*/scores.parquet"):
+        frame = pd.read_parquet(scores).assign(task=["go", "rust"] * 20)
+        frame.loc[frame.task == "go", "value"] = np.nan
+        frame.to_parquet(scores)
+    report = read(path)
+    cell = report.cell("one", "acc")
+    assert cell.gain is None
+    assert cell.reason == "not measured: no item was scored in Go"
+    assert report.seeded == ()
+
+
+def test_a_suite_that_could_not_be_judged_keeps_its_costs_health_and_notes(tmp_path: Path) -> None:
+    health = {"truncated": 0, "unextracted": 0, "tie": 0, "infra": 40}
+    how = {"health": health, "notes": ["in a container"]}
+    where = run(tmp_path, "base", np.full(40, np.nan), **how)
+    report = read(store(tmp_path, {"base": {"acc": {"run": where}, "bits": {"reason": "no"}}}))
+    cell = report.cell("base", "acc")
+    assert cell.score is None
+    assert not cell.partial
+    text = markdown(report)
+    assert "| base | acc | 0 | 0 | 0 | 0 | 40 |" in text
+    assert "| base | evaluate acc | 1.5 s |" in text
+    assert "- note: base, acc: in a container" in text
+    (line,) = panels(report)["health"].tables[0].rows
+    assert line[-1].text == "40"
+
+
 def test_programs_are_counted_one_by_one(tmp_path: Path) -> None:
     ended = {"programs": 40, "pass": 3, "wrong": 30, "infra": 7, "truncated": 9}
     found = run(tmp_path, "base", RIGHT, programs=ended)
-    text = markdown(
-        read(store(tmp_path, {"base": {"acc": {"run": found}, "bits": {"reason": "not run"}}}))
-    )
+    report = read(store(tmp_path, {"base": {"acc": {"run": found}, "bits": {"reason": "no"}}}))
+    text = markdown(report)
     assert "| row | suite | programs | pass | wrong | infra | truncated |" in text
     assert "| base | acc | 40 | 3 | 30 | 7 | 9 |" in text
+    (table,) = panels(report)["programs"].tables
+    assert list(table.head) == ["row", "suite", "programs", "pass", "wrong", "infra", "truncated"]
+    assert [value.text for value in table.rows[0][2:]] == ["40", "3", "30", "7", "9"]
+
+
+def test_token_perplexities_are_on_the_page_as_in_the_text(tmp_path: Path) -> None:
+    found = run(tmp_path, "base", np.linspace(0.9, 1.1, 40), bits=True)
+    (scores,) = tmp_path.glob("evaluations/*/scores.parquet")
+    frame = pd.read_parquet(scores)
+    nats = frame.assign(metric="nats_per_token", value=np.log(12.5))
+    pd.concat([frame, nats]).to_parquet(scores)
+    report = read(store(tmp_path, {"base": {"acc": {"reason": "no"}, "bits": {"run": found}}}))
+    assert "| base | bits | first | 12.50 |" in markdown(report)
+    ((*_, value),) = panels(report)["perplexities"].tables[0].rows
+    assert (value.text, value.order) == ("12.50", pytest.approx(12.5))
+
+
+@pytest.mark.parametrize("name", ["a\n\n<img src=x onerror=y>", "x&lt;b&gt;", "a\rb\u2028c`d"])
+def test_no_name_is_markup_or_ends_a_line_in_markdown(tmp_path: Path, name: str) -> None:
+    cells = {name: {"acc": {"run": run(tmp_path, name, RIGHT)}, "bits": {"reason": "gone"}}}
+    path = store(tmp_path, cells)
+    path.write_text(
+        path.read_text().replace('"reference": "base"', f'"reference": {json.dumps(name)}')
+    )
+    text = markdown(read(path))
+    assert not any(c in text for c in "\r\u2028")
+    (signed,) = (line for line in text.splitlines() if line.startswith("- `"))
+    assert signed.count("`") == 2  # between backticks nothing is markup
+    rest = text.replace(signed, "")
+    assert "<img" not in rest
+    assert "x&lt;b" not in rest

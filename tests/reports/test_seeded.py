@@ -64,6 +64,12 @@ def test_rows_of_one_seed_have_no_line_and_no_heading(tmp_path: Path) -> None:
     assert "training seeds" not in markdown(read(path))
 
 
+def test_all_right_against_all_wrong_is_no_claim_about_other_seeds(tmp_path: Path) -> None:
+    rows = {f"{seed}-fused": np.ones(2) for seed in range(2)}
+    path = index(tmp_path, {"base": np.zeros(2)} | rows, dict.fromkeys(rows, "f1"))
+    assert read(path).seeded == ()
+
+
 def test_a_seed_that_lacks_items_takes_the_line_away(tmp_path: Path) -> None:
     rows = seeds(RIGHT, 2, 0.5)
     rows["1-fused"] = np.where(np.arange(len(RIGHT)) == 3, np.nan, rows["1-fused"])

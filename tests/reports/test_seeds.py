@@ -59,8 +59,15 @@ def test_intervals_over_seeds_and_items_cover(seeds: int, references: int) -> No
         ([[1.0, 0.0]] * 2, [0.0], "seeds"),
         ([[1.0, np.nan]] * 2, [0.0, 0.0], "every seed"),
         ([[1.0]] * 2, [0.0], "one item"),
+        ([[1.0, 1.0]] * 2, [0.0, 0.0], "nothing varies"),
+        ([[0.3, 0.3, 0.3]] * 3, [0.1, 0.1, 0.1], "nothing varies"),
     ],
 )
 def test_what_cannot_tell_is_refused(scores: list, reference: list, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         seeds_and_items(scores, reference)
+
+
+def test_where_nothing_varies_and_nothing_was_gained_nothing_is_claimed() -> None:
+    found = seeds_and_items([[1.0, 0.0]] * 2, [1.0, 0.0])
+    assert (found.gain, found.p_value) == (0.0, 1.0)
