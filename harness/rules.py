@@ -20,6 +20,9 @@ import numpy as np
 from fusion.errors import RecipeError, RunError
 
 Level = Literal["sequence", "chunk", "token", "byte"]
+# Of a first member to which a rule gives nothing: by token, what no other's map reaches would be
+# impossible, and one such token would make a whole text so.
+LEAST = 0.01
 WORDS = {
     "sequence": "by sequence",
     "chunk": "by chunk between common token ends",
@@ -176,10 +179,15 @@ def problems(
         out.append(("weights", f"{shown}: each should be a number from 0 on"))
     elif abs(sum(weights) - 1) > 1e-6:
         out.append(("weights", f"sum to {sum(weights):g}; they should sum to 1"))
-    elif (level or own.scoring) == "token" and weights[0] == 0 < max(weights) < 1:
+    elif _by_token(own.what, level or own.scoring) and weights[0] == 0 < max(weights) < 1:
         # Its vocabulary is spoken: a token that no other map reaches would be impossible.
         out.append(("weights", "the first member's is 0, but at level token it must count"))
     return out
+
+
+def _by_token(what: str, scoring: str) -> bool:
+    """Whether what is scored are probabilities of the first member's tokens."""
+    return what == "probabilities" and scoring == "token"
 
 
 class Weighing:
@@ -214,6 +222,7 @@ class Weighing:
     def __call__(self, bits: np.ndarray, chunks: np.ndarray | None = None) -> np.ndarray:
         """Weights (M,) that sum to one; members that a recipe gives nothing are not asked.
 
+        By token, where a rule gives several others all of it, the first has LEAST.
         RunError where a member has no finite bits, or the rule gives no distribution.
         """
         some = self.alive
@@ -234,7 +243,14 @@ class Weighing:
         w = np.zeros(len(self.prior))
         w[some] = own * self.prior[some]
         # What a rule selects may be what a recipe weighs least; the rest is as the rule says.
-        return w / w.sum()
+        w /= w.sum()
+        if (
+            w[0] == 0
+            and np.count_nonzero(w) > 1
+            and _by_token(self.mixing.what, self.mixing.scoring)
+        ):
+            w = np.append(LEAST, (1 - LEAST) * w[1:])
+        return w
 
 
 ENSEMBLE_RULES: dict[str, Callable[..., np.ndarray]] = {

@@ -114,6 +114,24 @@ def test_a_rule_may_give_all_weight_to_the_first(
     assert [g.text for g in both.generate(PROMPTS)] == [g.text for g in alone.generate(PROMPTS)]
 
 
+def test_a_rule_that_gives_the_first_nothing_leaves_no_token_impossible(
+    ensemble: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENSEMBLE_RULES, "rest", lambda bits: np.array([0.0, 0.4, 0.6]))
+    names = ("neox", "llama", "gemma")
+    mixed = ensemble("rest", *names, level="token")
+    # No token of the others' goes to this one of the first's.
+    (found,) = mixed.loglikelihood([choice("The baker", "!")])
+    assert np.isfinite(found[0])
+    assert np.isfinite(mixed.loglikelihood_rolling(TEXTS)).all()
+    w = mixed.weights("", [])
+    assert w.sum() == pytest.approx(1)
+    assert 0 < w[0] < 0.02
+    assert w[2] / w[1] == pytest.approx(1.5)
+    # Where its vocabulary is not what is scored, the rule has its way.
+    assert ensemble("rest", *names, level="chunk").weights("", [])[0] == 0
+
+
 @pytest.mark.parametrize("level", ["chunk", "sequence"])
 @pytest.mark.parametrize("names", [("llama", "gemma"), ("neox", "llama", "gemma")])
 def test_a_mixture_lies_between_its_members(
@@ -246,6 +264,18 @@ def test_a_prompt_beyond_a_members_context_is_cut_from_its_left(
 def test_wrong_weights_and_levels_are_refused(ensemble: Any, settings: dict, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         ensemble("mean_probability", "llama", "gemma", **settings)
+
+
+def test_the_first_of_three_must_count_where_probabilities_of_its_tokens_are_mixed(
+    ensemble: Any,
+) -> None:
+    names, weights = ("neox", "llama", "gemma"), [0.0, 0.5, 0.5]
+    with pytest.raises(RecipeError, match="the first member's is 0, but at level token"):
+        ensemble("mean_probability", *names, weights=weights, level="token")
+    ensemble("mean_probability", *names, weights=weights, level="chunk")
+    # As logits, every token has a value from each member.
+    mixed = ensemble("mean_logit", *names, weights=weights)
+    assert np.isfinite(mixed.loglikelihood([choice("The baker", "!")])[0][0])
 
 
 def test_a_member_of_no_finite_probabilities_is_named_and_not_weighed(
