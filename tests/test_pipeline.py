@@ -127,8 +127,8 @@ def test_another_lambda_rebuilds_only_what_depends_on_it(finished: Path) -> None
     )
     listed = done.stdout.split("to build:")[1]
     assert listed.startswith(" 2 folders")
-    assert "train    fused" in listed
-    assert "merge    merged" in listed
+    assert "train      fused" in listed
+    assert "merge      merged" in listed
 
 
 def test_a_report_is_the_same_bytes_from_the_same_records(finished: Path) -> None:
