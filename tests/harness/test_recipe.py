@@ -274,7 +274,7 @@ def test_parameters_of_a_mergekit_method_are_its_own() -> None:
         "{merge: {mergekit: {merge_method: linear, models: [{model: a}]}, parameters: 5}}",
         "{merge: {inputs: [a], method: [fisher]}}",
         "{ensemble: {members: [a, b], rule: [x]}}",
-        "{ensemble: {members: [a, b, a], rule: mean_probability, level: token, weights: [0,.5,.5]}}",
+        "{ensemble: {members: [a,b,a], rule: mean_probability, level: token, weights: [0,.5,.5]}}",
     ],
 )
 def test_wrong_shapes_are_named_and_no_traceback(variant: str) -> None:
