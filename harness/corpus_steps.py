@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.hashing import corpus_hash
-from harness.plan import VERSIONS, Plan, Step, model_bytes, planned_step, root, tokenizer_identity
+from harness.steps import VERSIONS, Plan, Step, model_bytes, planned_step, root, tokenizer_identity
 
 if TYPE_CHECKING:
     from fusion.spec import Merge

@@ -32,6 +32,7 @@ from typing import Any
 from fusion.errors import RunError
 from harness.languages import LANGUAGES, key, lay
 from harness.sandbox import Limits, Outcome, Tier, choose, interpreter, run
+from reports.records import PASS_METRICS
 
 log = logging.getLogger(__name__)
 
@@ -365,6 +366,14 @@ def summarise(outcomes: Sequence[str]) -> tuple[float, str, str | None]:
     )
     told = ", ".join(f"{word} {count}" for word, count in counts.items())
     return value, word, told if len(outcomes) > 1 else None
+
+
+def passes(outcomes: Sequence[str]) -> dict[str, float]:
+    """pass@k of a problem by metric, for k > 1 where that many of its samples were judged."""
+    judged = [outcome for outcome in outcomes if outcome != "infra"]
+    n, c = len(judged), judged.count("pass")
+    wanted = {metric: int(metric.partition("@")[2]) for metric in PASS_METRICS}
+    return {metric: pass_at_k(n, c, k) for metric, k in wanted.items() if k <= n}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

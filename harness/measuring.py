@@ -14,10 +14,11 @@ from harness.backends import StockLM
 from harness.build import device, model_folder
 from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, answer, load, unfinished
-from harness.plan import Plan, Step, inputs, suite_of, tokenizer_identity
+from harness.plan import Plan, Step, inputs, suite_of
 from harness.progress import say
 from harness.scores import rescore, score
 from harness.scoring import SharedPrefixLM
+from harness.steps import tokenizer_identity
 from harness.store import write_json
 from tasks.datasets import DATASETS
 

@@ -16,25 +16,22 @@ from fusion.errors import RunError
 from fusion.mergekit import made_by
 from fusion.spec import Source, Train
 from harness.assets import PINNED, local_files
+from harness.corpus_steps import packed_corpus, statistics
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
 from harness.recipe import Recipe
 from harness.rules import mixing
-from harness.steps import Plan, Step, root
-from harness.store import identity, read_manifest
+from harness.steps import (
+    VERSIONS,
+    Plan,
+    Step,
+    model_bytes,
+    place,
+    planned_step,
+    root,
+    tokenizer_identity,
+)
+from harness.store import identity
 from tasks.suite import Suite, load_suite
-
-# Raised by hand when the same input gives another output.
-VERSIONS = {
-    "convert": 1,
-    "pack": 2,
-    "capture": 2,
-    "map": 2,
-    "train": 1,
-    "budget": 1,
-    "statistics": 1,
-    "merge": 3,
-    "evaluate": 2,
-}
 
 
 def plan(recipe: Recipe, home: Path) -> Plan:
@@ -84,14 +81,6 @@ def paid(recipe: Recipe, train: Train) -> Train | None:
     return recipe.variants[train.budget].train if train.budget else None
 
 
-def _place(home: Path, room: str, name: str, key: str) -> Path:
-    """The folder of an identity: an existing one whatever its name, so that recipes share."""
-    room_path = home / room
-    found = sorted(room_path.glob(f"*-{key[:8]}")) if room_path.is_dir() else []
-    safe = "".join(c if c.isalnum() or c in "_.@=-" else "_" for c in name)
-    return next((f for f in found if read_manifest(f)), room_path / f"{safe}-{key[:8]}")
-
-
 def _source(out: Plan, name: str, source: Source) -> None:
     path = source.path
     if path.startswith(("pypi:", "tiny:")) or path.endswith(".gguf"):
@@ -104,7 +93,7 @@ def _source(out: Plan, name: str, source: Source) -> None:
                 raise RunError(f"sources.{name}.path: {path} does not exist")
             content = {"sha256": file_hash(out.home, Path(path)), "version": VERSIONS["convert"]}
         key = identity(content)
-        folder = _place(out.home, "models", name, key)
+        folder = place(out.home, "models", name, key)
         disk = 0 if path.startswith("tiny:") else 1_100_000_000
         step = Step("fetch", name, folder, key, {"path": path}, rows=(name,), disk=disk)
         folder = out.add(step).folder
@@ -154,8 +143,6 @@ def _variant(out: Plan, name: str) -> None:
     if variant.train:
         _train(out, name, variant.train)
     elif variant.merge:
-        from harness.corpus_steps import statistics
-
         merge = variant.merge
         content = merge.results() | {
             "inputs": [out.identities[i] for i in merge.inputs],
@@ -166,7 +153,7 @@ def _variant(out: Plan, name: str) -> None:
         collected = [step.identity for step in statistics(out, name, merge)]
         content |= {"statistics": collected} if collected else {}
         key = identity({"merge": content})
-        folder = _place(out.home, "models", name, key)
+        folder = place(out.home, "models", name, key)
         needs = (*(out.identities[i] for i in inputs(out.recipe, name)), *collected)
         step = out.add(
             Step("merge", name, folder, key, content, needs, (name,), disk=model_bytes(out, name))
@@ -190,8 +177,6 @@ def _variant(out: Plan, name: str) -> None:
 
 
 def _train(out: Plan, name: str, train: Train) -> None:
-    from harness.corpus_steps import packed_corpus
-
     recipe, home = out.recipe, out.home
     corpus = recipe.corpus
     assert corpus
@@ -256,7 +241,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
         summary += f", λ = {weight.start:g}"
         summary += f" to {weight.end:g}" if weight.end != weight.start else ""
     key = identity({"train": content})
-    folder = _place(home, "models", name, key)
+    folder = place(home, "models", name, key)
     tokens = corpus.tokens * train.epochs
     disk = model_bytes(out, name)
     made = out.add(Step("train", name, folder, key, content, tuple(needs), (name,), tokens, disk))
@@ -266,8 +251,6 @@ def _train(out: Plan, name: str, train: Train) -> None:
 
 def _budget(out: Plan, name: str, rival: Train) -> dict[str, Any]:
     """What decides another row's FLOPs; λ and whatever else costs nothing stays out."""
-    from harness.corpus_steps import packed_corpus
-
     sources = rival.fuse.sources if rival.fuse else []
     return {
         "init": tokenizer_identity(out, rival.init),
@@ -304,37 +287,6 @@ def _map_step(
     return out.add(step)
 
 
-def planned_step(
-    out: Plan,
-    kind: str,
-    name: str,
-    content: dict,
-    needs: tuple[str, ...],
-    for_row: str,
-    *,
-    row: str | None = None,
-    tokens: int = 0,
-    disk: int = 0,
-) -> Step:
-    key = identity({kind: content})
-    folder = _place(out.home, "distributions", f"{kind}-{name}", key)
-    extra = {"row": row} if row else {}
-    return Step(kind, name, folder, key, content | extra, needs, (for_row,), tokens, disk)
-
-
-def tokenizer_identity(out: Plan, row: str) -> str:
-    """The identity of the row whose tokenizer a row carries."""
-    return out.identities[root(out.recipe, row)]
-
-
-def model_bytes(out: Plan, row: str) -> int:
-    """Bytes that a model of this row's shape takes, as far as is known."""
-    folder = out.folders.get(root(out.recipe, row))
-    if folder is None or not folder.is_dir():
-        return 1_100_000_000
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-
-
 def suite_of(name: str) -> Suite | None:
     """The suite of that name; None for a stock task, which lm-eval defines."""
     return None if name.startswith("lm_eval:") else load_suite(name)
@@ -364,7 +316,7 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
     if suite.startswith("bits_per_byte") and recipe.corpus and recipe.corpus.heldout:
         content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout, "heldout")
     key = identity({"evaluate": content})
-    folder = _place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
+    folder = place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
     needs = (out.identities[row],)
     out.add(Step("evaluate", suite, folder, key, content, needs, (row,)))
 

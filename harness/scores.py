@@ -95,11 +95,12 @@ def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator
     task = next(t for t in loaded.suite.tasks if t.name == item.task)
     base = {"task": item.task, "doc_id": item.doc_id, "cluster": record["cluster"]}
     if executed is not None:
-        from harness.execution import summarise
+        from harness.execution import passes, summarise
 
         value, outcome, outcomes = summarise(executed)
-        extra = {"metric": task.metric, "value": value, "weight": 1.0}
-        yield base | extra | {"outcome": outcome, "extracted": outcomes}
+        said = {"weight": 1.0, "outcome": outcome, "extracted": outcomes}
+        for metric, share in {task.metric: value, **passes(executed)}.items():
+            yield base | said | {"metric": metric, "value": share}
         return
     object_ = loaded.tasks[item.task]
     for filter_name in item.requests[0].filtered_resps:

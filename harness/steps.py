@@ -9,14 +9,27 @@ from typing import Any
 
 from fusion.mergekit import reshapes
 from harness.recipe import Recipe
-from harness.store import read_manifest
+from harness.store import identity, read_manifest
+
+# Raised by hand when the same input gives another output.
+VERSIONS = {
+    "convert": 1,
+    "pack": 2,
+    "capture": 2,
+    "map": 2,
+    "train": 1,
+    "budget": 1,
+    "statistics": 1,
+    "merge": 3,
+    "evaluate": 2,
+}
 
 
 @dataclass(frozen=True)
 class Step:
     """One folder to be made: what kind, for which rows, from what, and about how large."""
 
-    kind: str  # fetch, pack, capture, map, train, merge, evaluate
+    kind: str  # fetch, pack, capture, map, train, statistics, merge, evaluate
     name: str
     folder: Path
     identity: str
@@ -91,3 +104,42 @@ def root(recipe: Recipe, row: str) -> str:
         else:
             break
     return row
+
+
+def place(home: Path, room: str, name: str, key: str) -> Path:
+    """The folder of an identity: an existing one whatever its name, so that recipes share."""
+    room_path = home / room
+    found = sorted(room_path.glob(f"*-{key[:8]}")) if room_path.is_dir() else []
+    safe = "".join(c if c.isalnum() or c in "_.@=-" else "_" for c in name)
+    return next((f for f in found if read_manifest(f)), room_path / f"{safe}-{key[:8]}")
+
+
+def planned_step(
+    out: Plan,
+    kind: str,
+    name: str,
+    content: dict,
+    needs: tuple[str, ...],
+    for_row: str,
+    *,
+    row: str | None = None,
+    tokens: int = 0,
+    disk: int = 0,
+) -> Step:
+    key = identity({kind: content})
+    folder = place(out.home, "distributions", f"{kind}-{name}", key)
+    extra = {"row": row} if row else {}
+    return Step(kind, name, folder, key, content | extra, needs, (for_row,), tokens, disk)
+
+
+def tokenizer_identity(out: Plan, row: str) -> str:
+    """The identity of the row whose tokenizer a row carries."""
+    return out.identities[root(out.recipe, row)]
+
+
+def model_bytes(out: Plan, row: str) -> int:
+    """Bytes that a model of this row's shape takes, as far as is known."""
+    folder = out.folders.get(root(out.recipe, row))
+    if folder is None or not folder.is_dir():
+        return 1_100_000_000
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))

@@ -53,9 +53,9 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Average:
-    """A suite's second average, which leaves tasks out whose published scores mislead."""
+    """Another average of a suite: without tasks whose published scores mislead, or pass@k."""
 
-    title: str  # "without Go"
+    title: str  # "without Go", "pass@10"
     score: float
     low: float | None
     high: float | None
@@ -84,6 +84,7 @@ class Cell:
     notes: tuple[str, ...] = ()  # what was not done the usual way
     without: Average | None = None  # also where the whole has no score for want of these tasks
     programs: tuple[tuple[str, int], ...] = ()  # how many ended how, of suites that run them
+    passes: tuple[Average, ...] = ()  # pass@k beside pass@1, where problems have several samples
 
     @property
     def partial(self) -> bool:

@@ -198,9 +198,23 @@ def programs(report: Report) -> list[str]:
     lines.append("|" + " --- |" * (2 + len(names)))
     for cell in found:
         counts = dict(cell.programs)
-        shown = " | ".join(str(counts.get(kind, 0)) for kind in kinds)
+        shown = " | ".join(str(counts.get(kind, "–")) for kind in kinds)
         lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {shown} |")
-    return lines
+    several = [
+        f"- {_escape(cell.row)} on {_escape(cell.suite)}: {passes_text(cell)}"
+        for cell in found
+        if cell.passes
+    ]
+    return [*lines, "", *several] if several else lines
+
+
+def passes_text(cell: Cell) -> str:
+    """pass@k for k > 1 with intervals, percent."""
+    kind = Column(cell.suite, cell.suite, True, "%")
+    return ", ".join(
+        f"{one.title} {number(one.score, kind)} {interval(one.low, one.high, kind)}".rstrip()
+        for one in cell.passes
+    )
 
 
 def _published(report: Report) -> list[str]:

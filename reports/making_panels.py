@@ -63,7 +63,8 @@ def quality(report: Report) -> Panel | None:
         points = []
         for row in report.rows:
             cell = report.cell(row["name"], column.name)
-            price = dict(cell.cost).get("flops_per_token")
+            parts = report.parts(row["name"], column.whole)
+            price = next((dict(c.cost).get("flops_per_token") for c in parts if c.cost), None)
             if cell.score is not None and price:
                 scale = 100 if column.unit else 1
                 points.append((cell.row, price, scale * cell.score))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+PASS_METRICS = ("pass@10", "pass@100")  # beside pass@1, of problems with that many samples
 SAMPLE_KEY = ["task", "doc_id"]
 SCORE_KEY = ["task", "doc_id", "metric"]
 SCORE_COLUMNS = ("task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted")

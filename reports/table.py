@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from reports.cells import Average, Cell, Column, Gain, Report, TaskScore
 from reports.lines import lines
 from reports.records import (
+    PASS_METRICS,
     Run,
     apart,
     apart_name,
     read_json,
     read_primary,
+    read_scores,
     token_perplexities,
     unscored,
 )
@@ -58,6 +60,7 @@ def read(index: Path) -> Report:
                     cell,
                     without=_without(cell, suite.get("without", ())),
                     programs=tuple(run.manifest.get("programs", {}).items()),
+                    passes=_passes(run) if run.manifest.get("programs") else (),
                 )
     content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
     for row in content["rows"]:  # runs of two versions of a suite may have unlike tasks
@@ -167,6 +170,25 @@ def _without(cell: Cell, names: Sequence[str]) -> Average | None:
     low, high = macro_interval(scores, spans) or (None, None)
     title = f"without {', '.join(out)}"
     return Average(title, macro(scores), low, high, sum(task.n for task in kept))
+
+
+def _passes(run: Run) -> tuple[Average, ...]:
+    """pass@k for k > 1, as the suite's own score: where every task has a problem with k samples."""
+    from reports.statistics import macro, macro_interval
+
+    frame = read_scores(run)
+    drawn = [task for task in run.manifest["tasks"] if (frame.task == task["task"]).any()]
+    out = []
+    for metric in PASS_METRICS:
+        some = frame[frame.metric == metric]
+        tasks = [_task(run, task, some[some.task == task["task"]]) for task in drawn]
+        scores = [task.score for task in tasks if task.score is not None]
+        if not drawn or len(scores) < len(drawn):
+            continue
+        spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in tasks]
+        low, high = macro_interval(scores, spans) or (None, None)
+        out.append(Average(metric, macro(scores), low, high, sum(task.n for task in tasks)))
+    return tuple(out)
 
 
 def _outcomes(frame: pd.DataFrame, kind: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reports.calibration import Verdict, calibrate
 from reports.cells import Cell, Report
-from reports.formats import FAILURES
+from reports.formats import FAILURES, passes_text
 from reports.panels import MISSING, Draw, Panel, Table, Value, count, words
 from reports.text import interval, signed
 
@@ -149,10 +149,11 @@ def programs(report: Report) -> Panel | None:
     lines = []
     for cell in cells:
         counts = dict(cell.programs)
-        shown = [count(counts.get(kind, 0), signature=cell.signature) for kind in kinds]
+        shown = [count(counts.get(kind), signature=cell.signature) for kind in kinds]
         lines.append((words(cell.row), words(cell.suite), *shown))
     head = ["row", "suite", *(kind.replace("_", " ") for kind in kinds)]
-    return Panel("How programs ended", tables=(Table("Programs", head, tuple(lines)),))
+    text = tuple(f"{c.row} on {c.suite}: {passes_text(c)}." for c in cells if c.passes)
+    return Panel("How programs ended", text, tables=(Table("Programs", head, tuple(lines)),))
 
 
 def _items(cell: Cell) -> Value:

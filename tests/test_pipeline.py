@@ -14,16 +14,12 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
-
-from harness.execution import fitness
-from harness.languages import LANGUAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ["llama", "gemma", "neox", "clm", "fused", "merged", "pack"]
@@ -302,134 +298,3 @@ def test_models_of_one_tokenizer_share_its_maps(tiny: dict[str, Path], tmp_path:
             made.write_bytes(b"made once")
     contents = [m.read_bytes() for m in home.glob("distributions/map-*/map.npz")]
     assert contents == [b"made once"] * 2
-
-
-def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
-    environment = os.environ | {"KFUSE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "harness.cli", "run", "tiny"]
-    with subprocess.Popen(
-        command,
-        env=environment,
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        assert process.stderr
-        assert "fetch llama" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130
-    assert "run the same command again" in said
-    assert "Traceback" not in said
-
-
-def bad(tmp_path: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    recipe = tmp_path / "bad.yaml"
-    recipe.write_text(text)
-    done = here("run", str(recipe), *arguments, home=tmp_path / "home")
-    assert "Traceback" not in done.stderr + done.stdout, done.stderr
-    return done
-
-
-SMALL = """
-sources: {{a: {{path: {path}}}}}
-evaluate: {{suites: [tiny_text]}}
-reference: a
-"""
-
-
-def test_mistakes_in_the_recipe_are_exit_2(tmp_path: Path) -> None:
-    done = bad(tmp_path, SMALL.format(path="tiny:llama").replace("suites", "suits"))
-    assert done.returncode == 2
-    assert "evaluate.suits" in done.stderr
-    assert "(suites?)" in done.stderr
-
-
-@pytest.mark.parametrize("path", ["/no/such/model", "tiny:giant"])
-def test_a_missing_model_is_exit_1(tmp_path: Path, path: str) -> None:
-    done = bad(tmp_path, SMALL.format(path=path))
-    assert done.returncode == 1
-    assert path in done.stderr
-
-
-def test_truncated_models_are_exit_1_and_do_not_count(
-    tmp_path: Path, tiny: dict[str, Path]
-) -> None:
-    gguf = tmp_path / "cut.gguf"
-    gguf.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
-    done = bad(tmp_path, SMALL.format(path=gguf))
-    assert done.returncode == 1
-    assert "cut.gguf" in done.stderr
-    assert not list((tmp_path / "home").glob("models/*/manifest.json"))
-    folder = tmp_path / "model"
-    shutil.copytree(tiny["llama"], folder)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-5000])
-    done = bad(tmp_path, SMALL.format(path=folder))
-    assert done.returncode == 1
-    assert "model" in done.stderr
-    assert "damaged" in done.stderr
-
-
-def test_a_small_corpus_and_a_broken_one_are_exit_1(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.jsonl"
-    text = (
-        SMALL.format(path="tiny:llama")
-        + f"corpus: {{path: {corpus}, blocks: 64, tokens: 100_000}}\n"
-        + "variants: {clm: {train: {init: a}}}\n"
-    )
-    corpus.write_text(json.dumps({"text": "too short"}) + "\n")
-    done = bad(tmp_path, text)
-    assert done.returncode == 1
-    assert "lower corpus.tokens" in done.stderr
-    assert "clm" in done.stdout
-    corpus.write_text("{broken\n")
-    assert "corpus.jsonl" in bad(tmp_path, text).stderr
-
-
-def test_no_space_left_is_exit_1(tmp_path: Path) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(SMALL.format(path="tiny:llama"))
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"sys.argv = ['kfuse', 'run', {str(recipe)!r}]; from harness.cli import main; main()"
-    )
-    environment = os.environ | {"KFUSE_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 1
-    assert not list((tmp_path / "home").glob("*/*/manifest.json"))
-
-
-def test_help_is_fast_and_teaches() -> None:
-    used = seconds_used()
-    done = kfuse("--help", home=Path("unused"))
-    assert seconds_used() - used < 1.5  # 0.2 s on an idle core; the promise is 0.5
-    for word in ("run", "build", "evaluate", "report", "list", "doctor", "quickstart"):
-        assert word in done.stdout
-
-
-def test_list_and_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = here("list", home=tmp_path).stdout
-    for word in ("min_ce", "linear", "packllm_sim", "bbh81", "2401.10491"):
-        assert word in listed
-    # All canaries are test_languages'; here are one language that is there and one that is not.
-    absent = replace(LANGUAGES["rb"], version=("no-such-ruby", "--version"))
-    spoken = {"js": LANGUAGES["js"], "rb": absent}
-    monkeypatch.setattr("harness.languages.LANGUAGES", spoken)
-    monkeypatch.setattr("harness.execution.LANGUAGES", spoken)
-    fitness.cache_clear()
-    try:
-        examined = here("doctor", home=tmp_path).stdout
-    finally:
-        fitness.cache_clear()
-    for word in ("memory", "devices", "hub", "sandbox", "torch"):
-        assert word in examined
-    python, node, ruby = examined.strip().splitlines()[-3:]
-    assert re.fullmatch(r"Python +3\.\S+ +(namespace|process) +\d+\.\d\d  ok", python)
-    assert node.startswith("JavaScript")
-    assert re.match(r"Ruby +none +(namespace|process) +no no-such-ruby in the sandbox", ruby)

@@ -23,6 +23,7 @@ from harness.execution import (
     execute,
     fitness,
     pass_at_k,
+    passes,
     unfit,
     verdict,
 )
@@ -237,3 +238,12 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one(n: int, data: st.
 def test_pass_at_k_refuses_what_cannot_be(n: int, c: int, k: int) -> None:
     with pytest.raises(ValueError, match="needs"):
         pass_at_k(n, c, k)
+
+
+def test_pass_at_ten_needs_ten_samples_that_were_judged() -> None:
+    outcomes = ["pass", *["wrong"] * 11, "infra"]
+    assert passes(outcomes) == {
+        "pass@10": pytest.approx(1 - 11 * 1 / 66)
+    }  # 1 − C(11, 10) / C(12, 10)
+    assert passes([*["wrong"] * 9, "infra"]) == {}
+    assert passes(["pass"] * 100) == {"pass@10": 1.0, "pass@100": 1.0}
