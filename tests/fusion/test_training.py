@@ -121,7 +121,7 @@ def test_a_run_killed_midway_ends_with_the_same_bytes(
     command = [sys.executable, "-m", "fusion.training", str(out / "job.json")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoints/*/trainer_state.json")) and process.poll() is None:
+    while last_checkpoint(out / "checkpoints") is None and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
