@@ -108,7 +108,7 @@ def drawn(part: Array, generator: np.random.Generator, draws: int) -> Array:
         size = min(step, draws - start)
         if few:
             times = generator.multinomial(n - 1, counts / n, size=size)
-            sums[start : start + size] = times @ units
+            sums[start : start + size] = times.astype(np.float64) @ units
         else:
             places = generator.integers(n, size=(size, n - 1))
             for column in range(part.shape[1]):  # a column at a time lies together in memory

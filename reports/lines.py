@@ -130,6 +130,8 @@ class _Table:
 
     def __init__(self, suite: str, names: list[str], opened: Opened) -> None:
         self.suite, self.names, self.opened = suite, names, opened
+        import pandas as pd
+
         run, frame = opened[names[0], suite]
         self.run = run
         _of_items(run)
@@ -143,6 +145,7 @@ class _Table:
         if gone:
             what = f"no item was scored for all sources in {', '.join(gone)}"
             raise ValueError(f"not measured: {what}")
+        self.code, self.drawn = pd.factorize(self.items.task)
         self.sign = self.items.task.map(higher).map({True: 1.0, False: -1.0})
         self.binary = bool(self.items[names].isin([0.0, 1.0]).all(axis=None))
         scores = {name: self._score(self.items[name] * self.sign) for name in names}
@@ -166,8 +169,13 @@ class _Table:
 
     def _means(self, values: pd.Series) -> dict[str, float]:
         """Σ w·v / Σ w of each task, in the suite's order."""
-        groups = self.items.assign(v=values).groupby("task", sort=False)
-        found = {t: float((g.v * g.weight).sum() / g.weight.sum()) for t, g in groups}
+        import numpy as np
+
+        sums, over = (
+            np.bincount(self.code, weights=w)
+            for w in (values * self.items.weight, self.items.weight)
+        )
+        found = dict(zip(self.drawn, (sums / over).tolist(), strict=True))
         return {task: found[task] for task in self.tasks if task in found}
 
     def _score(self, values: pd.Series) -> float:
@@ -183,7 +191,7 @@ class _Table:
         of = (self.best, self.suite) if name == BEST else (self.suite, name)
         scores, spans = [], []
         for task, score in self._means(values).items():
-            at = self.items.task == task
+            at = self.code == self.drawn.get_loc(task)
             scores.append(score)
             spans.append(
                 score_interval(
@@ -209,7 +217,8 @@ class _Table:
         }
         values = self.items[self.best].copy()
         for task, name in chosen.items():
-            values[self.items.task == task] = self.items[name][self.items.task == task]
+            at = self.code == self.drawn.get_loc(task)
+            values[at] = self.items[name][at]
         counts = [(n, list(chosen.values()).count(n)) for n in self.names]
         shares = ", ".join(f"{name} on {count}" for name, count in counts if count)
         return [

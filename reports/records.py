@@ -181,8 +181,8 @@ def unscored(run: Run, frame: pd.DataFrame, scored: pd.DataFrame) -> list[str]:
     Without them there is no average. A small sample may leave tasks out altogether; those do not
     count.
     """
-    drawn = set(frame.task) if run.manifest.get("partial") else None
-    there = set(scored.task)
+    drawn = set(frame.task.unique()) if run.manifest.get("partial") else None
+    there = set(scored.task.unique())
     return [
         task.get("title", task["task"])
         for task in run.manifest["tasks"]

@@ -215,7 +215,9 @@ def _clusters(
     weights: Values | None,
     clusters: Values | None,
 ) -> _Parts:
-    """Items summed by cluster, tasks in the order in which they first come."""
+    """Items summed by cluster, tasks and clusters in the order in which they first come."""
+    from pandas import factorize
+
     a, b = np.asarray(scores, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     n = len(a)
     task = np.zeros(n, dtype=int) if tasks is None else np.asarray(tasks)
@@ -228,11 +230,11 @@ def _clusters(
     if not used.any():
         raise ValueError("paired items: no item has a score on both sides")
     difference, task, weight, cluster = (a - b)[used], task[used], weight[used], cluster[used]
-    _, first, code = np.unique(task, return_index=True, return_inverse=True)
+    code, names = factorize(task)
     strata: list[Array] = []
-    for number in np.argsort(first):
+    for number in range(len(names)):
         inside = code == number
-        _, group = np.unique(cluster[inside], return_inverse=True)
+        group, _ = factorize(cluster[inside])
         summed = [
             np.bincount(group, weights=w) for w in ((weight * difference)[inside], weight[inside])
         ]

@@ -121,9 +121,10 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
     from reports.statistics import macro, macro_interval
 
     # A small sample may leave tasks out altogether; the suite's score is then that of the others.
-    drawn = set(frame.task) if run.manifest["partial"] else None
+    by_task = dict(iter(frame.groupby("task", sort=False)))
+    drawn = set(by_task) if run.manifest["partial"] else None
     tasks = tuple(
-        _task(run, task, frame[frame.task == task["task"]])
+        _task(run, task, by_task.get(task["task"], frame[:0]))
         for task in run.manifest["tasks"]
         if drawn is None or task["task"] in drawn
     )
@@ -308,7 +309,7 @@ def paired_gain(
     from reports.corpus import CORPUS_METRICS, paired_corpus, stacked
     from reports.statistics import paired_bootstrap
 
-    drawn = set(both.task)
+    drawn = set(both.task.unique())
     metrics = {task["metric"] for task in manifest["tasks"] if task["task"] in drawn}
     if metrics & set(CORPUS_METRICS):
         if len(drawn) > 1:
