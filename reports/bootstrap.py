@@ -97,9 +97,17 @@ def _ratios(part: Array, generator: np.random.Generator, draws: int) -> Array:
     return np.asarray(sums[:, 0] / sums[:, 1])
 
 
+def _distinct(part: Array) -> tuple[Array, npt.NDArray[np.int_]]:
+    """Rows that differ, in order, and how often each comes."""
+    if np.ptp(part[:, 1:], axis=0).any():
+        return np.unique(part, axis=0, return_counts=True)
+    first, counts = np.unique(part[:, 0], return_counts=True)  # sorts numbers, not rows
+    return np.column_stack([first, np.tile(part[0, 1:], (len(first), 1))]), counts
+
+
 def drawn(part: Array, generator: np.random.Generator, draws: int) -> Array:
     """Sums of each column, (draws, columns), over n − 1 of the n clusters with replacement."""
-    units, counts = np.unique(part, axis=0, return_counts=True)
+    units, counts = _distinct(part)
     n = len(part)
     sums = np.empty((draws, part.shape[1]))
     few = len(units) <= CATEGORIES

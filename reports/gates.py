@@ -69,21 +69,6 @@ def verdict(
     return "better" if found == "pass" else "worse"
 
 
-def tost(differences: object, margin: float) -> float:
-    """The p-value of equivalence within ±margin for continuous paired differences (n,).
-
-    The larger of two one-sided t-tests. ValueError for fewer than two values or no spread.
-    """
-    import numpy as np
-    from statsmodels.stats.weightstats import DescrStatsW
-
-    d = np.asarray(differences, dtype=np.float64)
-    if len(d) < 2 or not np.ptp(d) > 0:
-        raise ValueError(f"tost: {len(d)} differences; needs two or more that are not all equal")
-    _check(0, 0, margin)
-    return float(DescrStatsW(d).ttost_mean(-margin, margin)[0])
-
-
 def chance_to_pass(
     kind: str, error: float, margin: float, alpha: float = 0.05, effect: float = 0.0
 ) -> float:

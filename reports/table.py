@@ -200,7 +200,8 @@ def _task(run: Run, task: dict[str, Any], frame: pd.DataFrame) -> TaskScore:
     from reports.corpus import CORPUS_METRICS, corpus_interval, corpus_score, stacked
     from reports.statistics import score_interval
 
-    scored = frame[frame.value.notna()]
+    known = frame.value.notna()
+    scored = frame if known.all() else frame[known]
     score = interval = None
     generator = _generator(run.manifest["row"], run.manifest["suite"], task["task"])
     metric = task["metric"]
