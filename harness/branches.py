@@ -1,7 +1,8 @@
 """What a model predicts after each token of a tree that branches off behind a context.
 
 The tree goes through the model in one row, each token seeing the context and its own ancestors
-(tree attention); rows are packed to the member's token budget. A model that takes no drawn
+(tree attention); rows are packed to the member's token budget. A beginning that contexts share is
+read once. A model that takes no drawn
 attention reads each path in a row of its own.
 
 Shapes: N nodes, V vocabulary, D hidden width.
@@ -9,7 +10,8 @@ Shapes: N nodes, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from fusion.models import hidden_states, logits
 from harness import fallback
-from harness.packing import batches
-from harness.scoring import SharedPrefixLM
+from harness.packing import batches, beginnings, filled
+from harness.scoring import PACKED, SharedPrefixLM
 
 
 class Branches:
@@ -67,10 +69,22 @@ class Predictions:
 
     def logprobs(self, nodes: Sequence[int]) -> Tensor:
         """Float32 log-probabilities (nodes, V) of the next token."""
-        with torch.inference_mode():
-            states = self.states[list(nodes)]
-            z = logits(self.member.model, states) if self.hidden else states
-            return torch.log_softmax(z, dim=-1)
+        return logprobs_at([(self, node) for node in nodes])
+
+
+def logprobs_at(places: Sequence[tuple[Predictions, int]]) -> Tensor:
+    """Float32 log-probabilities (places, V) after nodes of one member's trees.
+
+    They go through the output head together, which reads all of its weights each time.
+    """
+    first = places[0][0]
+    with torch.inference_mode():
+        states = [
+            found.states[[node for _, node in some]]
+            for found, some in itertools.groupby(places, key=lambda place: place[0])
+        ]
+        z = torch.cat(states) if len(states) > 1 else states[0]
+        return torch.log_softmax(logits(first.member.model, z) if first.hidden else z, dim=-1)
 
 
 def predict(member: SharedPrefixLM, trees: Sequence[Branches]) -> list[Predictions]:
@@ -80,7 +94,14 @@ def predict(member: SharedPrefixLM, trees: Sequence[Branches]) -> list[Predictio
     if not member._shares:
         return [_plainly(member, tree) for tree in trees]
     sizes = [len(tree.context) + len(tree.tokens) - 1 for tree in trees]
-    for batch in batches(sizes, member.batch_tokens):
+    share: list[tuple[int, list[int]]] = []
+    rest = list(range(len(trees)))
+    if member._grows:
+        share, rest = beginnings([tree.context for tree in trees])
+    for length, group in share:
+        out |= zip(group, _after(member, length, [trees[i] for i in group]), strict=True)
+    for places in batches([sizes[index] for index in rest], member.batch_tokens):
+        batch = [rest[place] for place in places]
         some = [trees[index] for index in batch]
         hidden = _read(member, some)
         for number, (index, tree) in enumerate(zip(batch, some, strict=True)):
@@ -98,6 +119,43 @@ def _cut(tree: Branches, most: int) -> Branches:
     return tree
 
 
+def _after(member: SharedPrefixLM, length: int, trees: Sequence[Branches]) -> Iterator[Predictions]:
+    """Predictions of trees whose contexts share their first tokens, which are read once."""
+    cache, _ = member._begun(trees[0].context[:length])
+    device = member.model.device
+    sizes = [len(tree.context) - length + len(tree.tokens) - 1 for tree in trees]
+    for some in filled(sizes, min(member.batch_tokens, max(length // 2, PACKED))):
+        own = [trees[index] for index in some]
+        total = sum(sizes[index] for index in some)
+        allowed = torch.zeros((total, total), dtype=torch.bool)
+        ids: list[int] = []
+        positions: list[int] = []
+        for tree in own:
+            start, rest = len(ids), tree.context[length:]
+            ids += rest + tree.tokens[1:]
+            positions += [*range(len(rest)), *(len(rest) - 1 + d for d in tree.depths[1:])]
+            allowed[start : len(ids), start : len(ids)] = _sight(len(rest), tree)
+        member.forward_tokens += total
+        with torch.inference_mode():
+            hidden = cache.beside(
+                torch.tensor(ids, device=device),
+                torch.tensor(positions, device=device),
+                allowed.to(device),
+            )
+        end = 0
+        for tree, index in zip(own, some, strict=True):
+            end += sizes[index]
+            yield Predictions(member, hidden[end - len(tree.tokens) : end].clone(), True)
+
+
+def _sight(context: int, tree: Branches) -> Tensor:
+    """Which slot of a context's last tokens and its tree sees which, bool (T, T)."""
+    size = context + len(tree.tokens) - 1
+    out = torch.ones(size, size, dtype=torch.bool).tril()
+    out[context:, context:] = torch.from_numpy(tree.ancestors()[1:, 1:])
+    return out
+
+
 def _read(member: SharedPrefixLM, trees: Sequence[Branches]) -> Tensor:
     """Hidden states (B, T, D) of rows of a context and its tree."""
     width = max(len(tree.context) + len(tree.tokens) - 1 for tree in trees)
@@ -109,11 +167,7 @@ def _read(member: SharedPrefixLM, trees: Sequence[Branches]) -> Tensor:
         ids[row, : start + count] = torch.tensor(tree.context + tree.tokens[1:])
         depths = [start - 1 + depth for depth in tree.depths[1:]]
         positions[row, : start + count] = torch.tensor([*range(start), *depths])
-        allowed[row, :start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
-        allowed[row, start : start + count, :start] = True
-        allowed[row, start : start + count, start : start + count] = torch.from_numpy(
-            tree.ancestors()[1:, 1:]
-        )
+        allowed[row, : start + count, : start + count] = _sight(start, tree)
         member.forward_tokens += start + count
     device = member.model.device
     with torch.inference_mode():

@@ -200,11 +200,11 @@ class SharedPrefixLM(TemplateLM):
                 trees.append((context, [pairs[i][1] for i in own], own))
         share: list[tuple[int, list[int]]] = []
         rest = list(range(len(trees)))
-        if self._grows and not contexts:
+        if self._grows:
             share, rest = beginnings([context for context, _, _ in trees])
         out: dict[int, Scored] = {}
         for length, members in share:
-            for tree, scored in self._score_after(length, [trees[i] for i in members]):
+            for tree, scored in self._score_after(length, [trees[i] for i in members], contexts):
                 out.update(zip(tree[2], scored, strict=True))
         if not self._shares:
             return [self._score_plainly(context, xs[0]) for context, xs, _ in trees]
@@ -220,11 +220,12 @@ class SharedPrefixLM(TemplateLM):
         return fallback.score_plainly(self.model, context, tokens)
 
     def _score_after(
-        self, length: int, trees: Sequence[Tree]
+        self, length: int, trees: Sequence[Tree], contexts: bool
     ) -> Iterator[tuple[Tree, list[Scored]]]:
         """Trees whose contexts share their first tokens, which are read once, in packed rows."""
         device = self.model.device
-        cache = self._begun(trees[0][0][:length])
+        cache, begun = self._begun(shared := trees[0][0][:length])
+        read = self._gather(begun[:-1], torch.tensor(shared[1:]))[0] if contexts else None
         with torch.inference_mode():
             sizes = [tree_size(tree) - length for tree in trees]
             for some in filled(sizes, min(self.batch_tokens, max(length // 2, PACKED))):
@@ -241,10 +242,16 @@ class SharedPrefixLM(TemplateLM):
                 valid = torch.ones_like(ids, dtype=torch.bool)[None]
                 seen = causal_pattern(segments[None], valid)[0] & same
                 self.forward_tokens += len(ids)
-                hidden = cache.beside(ids, positions, seen)
+                # What the beginning ends with predicts each context's first token after it.
+                hidden = torch.cat([begun[-1:], cache.beside(ids, positions, seen)])
                 slots, gold, sizes_ = [], [], []
-                start = 0
+                start = 1
                 for (context, xs, _), row in zip(pack, rows, strict=True):
+                    if contexts:
+                        rest = context[length:]
+                        slots += [0, *range(start, start + len(rest) - 1)]
+                        gold += rest
+                        sizes_.append(len(rest))
                     for at, tokens in wanted_slots(len(context) - length, xs):
                         slots += [start + slot for slot in at]
                         gold += tokens
@@ -252,16 +259,17 @@ class SharedPrefixLM(TemplateLM):
                     start += len(row[0])
                 found = self._split(hidden[slots], gold, sizes_)
                 for tree in pack:
+                    own = None if read is None else torch.cat([read, next(found)[0]])
                     scored = [next(found) for _ in tree[1]]
-                    yield tree, [Scored(lp, bool(best.all())) for lp, best in scored]
+                    yield tree, [Scored(lp, bool(best.all()), own) for lp, best in scored]
 
-    def _begun(self, ids: list[int]) -> GrowingCache:
-        """A cache of one row that has read these tokens."""
+    def _begun(self, ids: list[int]) -> tuple[GrowingCache, Tensor]:
+        """A cache of one row that has read these tokens, and their hidden states (T, D)."""
         cache = GrowingCache(self.model, 1)
         with torch.inference_mode():
-            cache.feed([ids])
+            hidden = cache.feed([ids])[0]
         self.forward_tokens += len(ids)
-        return cache
+        return cache, hidden
 
     def _score_trees(self, trees: Sequence[Tree], contexts: bool = False) -> list[list[Scored]]:
         """One row a tree: context, then its continuations side by side, less their last token."""
@@ -325,7 +333,7 @@ class SharedPrefixLM(TemplateLM):
             return [out[index] for index in range(len(requests))]
         share, rest = beginnings([row.ids for row in prepared])
         for length, members in [*share, (0, rest)]:
-            begun = self._begun(prepared[members[0]].ids[:length]) if length else None
+            begun = self._begun(prepared[members[0]].ids[:length])[0] if length else None
             for some in alike([len(prepared[i].ids) - length for i in members], self.generate_rows):
                 rows = [members[i] for i in some]
                 cache = begun.spread(len(rows)) if begun else GrowingCache(self.model, len(rows))
@@ -349,12 +357,6 @@ class SharedPrefixLM(TemplateLM):
             seen[context] += drawn is not None
             out.append(Begun(*self._asked(request), drawn))
         return out
-
-    def prompt(self, request: Instance) -> tuple[list[int], Stopper]:
-        """What `_asked` gives, of a request for a greedy generation; RunError if for a sample."""
-        if sampling(request.args[1], 0, "", 0):
-            raise RunError(f"{request.task_name}: asks for sampling; here only greedily generated")
-        return self._asked(request)
 
     def _asked(self, request: Instance) -> tuple[list[int], Stopper]:
         """Prompt ids, cut from the left to leave room, and the rule by which the text stops."""

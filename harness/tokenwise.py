@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fusion.models import embedding_rows
 from fusion.vocabulary import build
-from harness.branches import Predictions
+from harness.branches import Predictions, logprobs_at
 
-ROWS = 32  # positions whose distributions exist at the same time
+ROWS = 128  # positions whose distributions exist at the same time
 
 
 class Vocabularies:
@@ -110,47 +110,54 @@ class Reading:
     starts: np.ndarray
 
 
-def score(
-    vocabularies: Vocabularies, readings: Sequence[Reading], weights: np.ndarray
-) -> tuple[float, bool]:
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text to be scored: a reading of each member, and their weights (M,)."""
+
+    readings: Sequence[Reading]
+    weights: np.ndarray
+
+
+def score(vocabularies: Vocabularies, texts: Sequence[Text]) -> list[tuple[float, bool]]:
     """Log-probability of the first member's tokens under the mixture, and whether all are greedy.
 
-    readings: of the same text, one of each member.
+    Positions of all texts go through a member's output head together, ROWS at a time.
     """
-    first = readings[0]
-    at = [{int(start): i for i, start in enumerate(reading.starts)} for reading in readings[1:]]
-    total, greedy = 0.0, True
-    for begin in range(0, len(first.ids), ROWS):
-        rows = range(begin, min(begin + ROWS, len(first.ids)))
-        logprobs: list[Tensor | None] = [_rows(first, list(rows))]
-        w = np.repeat(weights[:, None], len(rows), axis=1)
-        for number, (reading, known) in enumerate(zip(readings[1:], at, strict=True), 1):
-            places = [known.get(int(first.starts[i])) for i in rows]
-            heard = [i for i, place in enumerate(places) if place is not None]
-            w[number] *= [place is not None for place in places]
-            if not heard or not weights[number]:
-                logprobs.append(None)
-                continue
-            found = _rows(reading, [place for place in places if place is not None])
-            whole = found.new_zeros(len(rows), found.shape[1])
-            whole[heard] = found
-            logprobs.append(whole)
+    wanted = [(n, i) for n, text in enumerate(texts) for i in range(len(text.readings[0].ids))]
+    heard = [
+        [_places(text, number) for text in texts] for number in range(len(vocabularies.images))
+    ]
+    totals, greedy = [0.0] * len(texts), [True] * len(texts)
+    for begin in range(0, len(wanted), ROWS):
+        rows = wanted[begin : begin + ROWS]
+        logprobs: list[Tensor | None] = [
+            logprobs_at([texts[n].readings[0].places[i] for n, i in rows])
+        ]
+        w = np.stack([texts[n].weights for n, _ in rows], axis=1)
+        for number, known in enumerate(heard, 1):
+            own = [known[n][i] for n, i in rows]
+            w[number] *= [place is not None for place in own]
+            (some,) = np.nonzero(w[number])
+            logprobs.append(None)
+            if len(some):
+                found = logprobs_at([own[at] for at in some])  # type: ignore[misc]
+                if len(some) < len(rows):
+                    whole = found.new_zeros(len(rows), found.shape[1])
+                    whole[torch.from_numpy(some)] = found
+                    found = whole
+                logprobs[-1] = found
         mixed = vocabularies.mix(logprobs, torch.from_numpy(w))
-        gold = torch.tensor([first.ids[i] for i in rows], device=mixed.device)
-        total += float(mixed.gather(1, gold[:, None]).double().sum())
-        greedy &= bool((mixed.argmax(1) == gold).all())
-    return total, greedy
+        gold = torch.tensor([texts[n].readings[0].ids[i] for n, i in rows], device=mixed.device)
+        values = mixed.gather(1, gold[:, None])[:, 0].double().tolist()
+        right = (mixed.argmax(1) == gold).tolist()
+        for (n, _), value, best in zip(rows, values, right, strict=True):
+            totals[n] += value
+            greedy[n] &= best
+    return list(zip(totals, greedy, strict=True))
 
 
-def _rows(reading: Reading, which: Sequence[int]) -> Tensor:
-    """Log-probabilities (B, V) at these tokens of a reading."""
-    out = []
-    start = 0
-    while start < len(which):  # neighbours of one tree go through the head together
-        own = reading.places[which[start]][0]
-        end = start
-        while end < len(which) and reading.places[which[end]][0] is own:
-            end += 1
-        out.append(own.logprobs([reading.places[i][1] for i in which[start:end]]))
-        start = end
-    return torch.cat(out) if len(out) > 1 else out[0]
+def _places(text: Text, number: int) -> list[tuple[Predictions, int] | None]:
+    """Where a further member predicts each of the first one's tokens; None where none begins."""
+    first, other = text.readings[0], text.readings[number + 1]
+    at = {int(start): place for start, place in zip(other.starts, other.places, strict=True)}
+    return [at.get(int(start)) for start in first.starts[: len(first.ids)]]

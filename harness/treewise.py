@@ -15,7 +15,7 @@ from fusion.tokens import tokenize
 from harness.branches import Branches, predict
 from harness.bytewise import Covering, mix_bytes, score_bytes
 from harness.scoring import Pair, SharedPrefixLM
-from harness.tokenwise import Reading, Vocabularies, score
+from harness.tokenwise import Reading, Text, Vocabularies, score
 
 SEGMENT = 256  # bytes of a text without a prompt that are scored in one tree
 Asked = Sequence[tuple[str, Sequence[str]]]  # contexts with their continuations
@@ -34,11 +34,14 @@ def by_token(
     pairs: member, context, continuation. weights: (M,) for each context.
     """
     readings = [_readings(member, asked, own) for member, own in zip(members, pairs, strict=True)]
-    for number, (_, texts) in enumerate(asked):
-        yield [
-            score(vocabularies, [own[number][at] for own in readings], weights[number])
-            for at in range(len(texts))
-        ]
+    texts = [
+        Text([own[number][at] for own in readings], weights[number])
+        for number, (_, choices) in enumerate(asked)
+        for at in range(len(choices))
+    ]
+    scores = iter(score(vocabularies, texts))
+    for _, choices in asked:
+        yield [next(scores) for _ in choices]
 
 
 def _readings(
@@ -93,7 +96,7 @@ def rolling_by_token(
         ]
         ids = [token for _, tokens in windows for token in tokens]
         readings.append(Reading(places, ids, _starts(member, text, len(ids))))
-    return score(vocabularies, readings, weights)[0]
+    return score(vocabularies, [Text(readings, weights)])[0][0]
 
 
 def spreads(

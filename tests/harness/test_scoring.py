@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from fusion.errors import RunError
 from harness.packing import SHARED, batches, beginnings, filled
 from harness.scoring import SharedPrefixLM
 
@@ -112,12 +111,6 @@ def test_finish_reasons_and_lengths(both: tuple[SharedPrefixLM, HFLM]) -> None:
     for generation in ours.generate([instance("generate_until", p, arguments) for p in PROMPTS]):
         assert generation.finish_reason in ("length", "eos")
         assert generation.tokens <= 5
-
-
-def test_a_model_of_greedy_texts_only_refuses_samples(both: tuple[SharedPrefixLM, HFLM]) -> None:
-    request = instance("generate_until", "x", {"do_sample": True, "temperature": 0.8})
-    with pytest.raises(RunError, match="greedily"):
-        both[0].prompt(request)
 
 
 SHOTS = "".join(f"Q: who {deed}?\nA: the baker\n\n" for deed in PROMPTS * 4)
