@@ -67,6 +67,23 @@ def measure(device: str = "cpu", dtype: str = "float32") -> Rates:
     return Rates(_rate(read, device), _rate(write, device), _rate(train, device))
 
 
+def bfloat16_slowdown(size: int = 256) -> float:
+    """How many times as long as in float32 this processor takes for a product in bfloat16.
+
+    Below 1 where it has instructions for it; without them 10 to 100.
+    """
+    best = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.ones(size, size, dtype=dtype)
+        seconds = float("inf")
+        for _ in range(4):
+            started = time.perf_counter()
+            x @ x
+            seconds = min(seconds, time.perf_counter() - started)
+        best.append(seconds)
+    return best[0] / best[1]
+
+
 def _decoder() -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 

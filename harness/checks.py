@@ -139,6 +139,7 @@ def methods(raw: Mapping) -> Problems:
             known = OBJECTIVES | {"alm": None}
             yield from _method(f"{at}.fuse.objective", fuse, "objective", known, None)
             yield from _unfit(f"{at}.fuse", fuse)
+            yield from _mutual(f"{at}.fuse", fuse, section.get("init"))
         elif kind == "merge":
             from fusion.merging import MERGE_METHODS, needs_base
             from fusion.merging import parameters as merge_parameters
@@ -251,6 +252,20 @@ def _unfit(path: str, fuse: Mapping) -> Problems:
         )
     if fuse.get("level") == "span" and str(function).endswith("@reference"):
         yield f"{path}.level", "nats a token mean nothing below a document: block or document"
+
+
+def _mutual(path: str, fuse: Mapping, init: Any) -> Problems:
+    """dual_min_ce compares others with the target itself, which it takes to come first."""
+    sources = _list(fuse, "sources")
+    if fuse.get("function") != "dual_min_ce" or not sources:
+        return
+    if sources[0] != init or len(sources) < 2:
+        others = ", ".join(str(s) for s in sources if s != init) or "OTHER"
+        yield (
+            f"{path}.sources",
+            "dual_min_ce learns where others are better than the target was: name the row of init "
+            f"first, then at least one other: [{init}, {others}]",
+        )
 
 
 def _merged(at: str, section: Mapping) -> Problems:

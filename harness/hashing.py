@@ -44,7 +44,7 @@ def folder_hash(home: Path, folder: Path) -> str:
 
 def corpus_hash(home: Path, path: str, key: str = "path") -> str:
     """Content hash of a corpus: its files, or what pins it. key: where the recipe names it."""
-    if key == "path" and path.startswith(("pypi:", "tiny:")):
+    if key == "path" and path.startswith(("pypi:", "tiny:", "hub:")):
         return identity({"path": path, "sha256": PINNED.get(path[5:]), "v": TINY_VERSION})
     place = Path(path).expanduser()
     if not place.exists():

@@ -233,9 +233,18 @@ def _expand(raw: dict, problems: list[tuple[str, str]]) -> dict:
             row = {k: copy.deepcopy(v) for k, v in variant.items() if k != "matrix"}
             for key, value in zip(matrix, values, strict=True):
                 _apply(row, f"{key}={yaml.safe_dump(value, default_flow_style=True)}", problems)
-            label = ",".join(f"{k.split('.')[-1]}={v}" for k, v in zip(matrix, values, strict=True))
+            label = ",".join(
+                f"{k.split('.')[-1]}={_said(v)}" for k, v in zip(matrix, values, strict=True)
+            )
             rows[f"{name}[{label}]"] = row
     return raw | {"variants": rows}
+
+
+def _said(value: Any) -> str:
+    """A value as part of a row's name: lists and mappings by what they hold, joined by +."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return "+".join(map(_said, value)) if isinstance(value, list) else str(value)
 
 
 def _read_mergekit(raw: dict, problems: list[tuple[str, str]]) -> None:

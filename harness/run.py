@@ -33,6 +33,8 @@ def run(
         return 0
     reasons: dict[str, str] = {}
     waiting = pending(planned, rows, stages)
+    if waiting:
+        _warn_of_slow_arithmetic(planned)
     if "build" in stages and any(step.kind != "evaluate" for step in waiting):
         planned, reasons = _build(loaded, planned, rows)
     if "evaluate" in stages:
@@ -50,6 +52,22 @@ def run(
     for name, reason in reasons.items():
         say(f"{name}: {reason}")
     return code
+
+
+def _warn_of_slow_arithmetic(planned: Plan) -> None:
+    """A recipe in bfloat16 on a processor without it would take days in place of hours."""
+    recipe = planned.recipe
+    trained = [v.train.dtype for v in recipe.variants.values() if v.train]
+    if "bfloat16" not in (recipe.evaluate.dtype, *trained):
+        return
+    from fusion.rates import bfloat16_slowdown
+    from harness.build import device
+
+    if device(planned).startswith("cpu") and (times := bfloat16_slowdown()) > 3:
+        say(
+            f"this processor computes in bfloat16 {times:.0f} times as slowly as in float32: leave "
+            "`dtype: bfloat16` out of the recipe"
+        )
 
 
 def _rows(loaded: Loaded, only: Sequence[str]) -> list[str]:

