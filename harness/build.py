@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fusion.spec import Fuse, Merge
 from harness.costs import Meter, budget, counted, written
 from harness.launching import launch
 from harness.plan import Plan, Step, inputs
-from harness.progress import bar, say
+from harness.progress import bar, say, working
 from harness.store import (
     finish,
     identity,
@@ -42,10 +43,15 @@ def build(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
         if blocked:
             failed[step.identity] = blocked
             continue
+        (step.folder / "failed.json").unlink(missing_ok=True)
         try:
-            _carry_out(plan, step)
+            with working(plan.home, step.folder.name):
+                _carry_out(plan, step)
         except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
             failed[step.identity] = f"{step.kind} {step.name} failed: {error}"
+            with suppress(OSError, RunError):  # for `kfuse status`
+                step.folder.mkdir(parents=True, exist_ok=True)
+                write_json(step.folder / "failed.json", {"reason": str(error)})
             say(f"{step.kind} {step.name}: {error}")
     return {row: failed[plan.identities[row]] for row in rows if plan.identities[row] in failed}
 

@@ -86,6 +86,23 @@ def plan(
 
 
 @app.command()
+def status(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    only: Only = None,
+    limit: Limit = None,
+    watch: Annotated[bool, typer.Option("--watch", help="stay, and show it live")] = False,
+) -> None:
+    """How a recipe's jobs stand: done, running and where, waiting for what, failed and why.
+
+    Reads the store alone, so it can be asked beside a run, on another machine, or after a crash.
+    """
+    from harness.status import status as show
+
+    show(recipe, _with(overrides, limit, None), only or [], watch)
+
+
+@app.command()
 def build(
     recipe: RecipeName, overrides: Overrides = None, only: Only = None, dry_run: DryRun = False
 ) -> None:

@@ -30,7 +30,7 @@ from harness.costs import Meter, counting, flops, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
-from harness.progress import bar, say
+from harness.progress import bar, say, working
 from harness.rolling import roll
 from harness.samples import problem, set_aside, spend, waiting, write
 from harness.store import identity
@@ -263,7 +263,11 @@ def answer(
     done = sum(len(pack.items) for pack in own) - sum(len(pack.items) for pack in todo)
     if done and todo:
         say(f"{label}: {done} of {len(loaded.items)} items measured before, going on")
-    with bar(label, sum(len(pack.items) for pack in todo)) as progress, counting(lm) as counters:
+    with (
+        working(folder.parent.parent, folder.name),
+        bar(label, sum(len(pack.items) for pack in todo)) as progress,
+        counting(lm) as counters,
+    ):
         finished = 0
         for pack in todo:
             if not going():

@@ -1,11 +1,25 @@
-"""What a person sees while long work runs: a bar on a terminal, plain lines elsewhere."""
+"""What a person sees while long work runs: a bar on a terminal, plain lines elsewhere.
+
+Whoever works on a folder also leaves a file in the store's `running/`, renewed every few seconds,
+from which `kfuse status` tells in another terminal, or on another machine, what runs where.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fusion.errors import RunError
+from harness.store import write_json
+
+BEAT = 5.0  # seconds between two signs of life
+_at: dict[str, int] = {}  # how far the work is that this process has in hand
 
 
 def say(text: str) -> None:
@@ -37,7 +51,47 @@ def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(label, total=total)
-            yield lambda done: progress.update(task, completed=done)
+            yield _counted(total, lambda done: progress.update(task, completed=done))
     else:
-        yield lambda done: None
+        yield _counted(total, lambda done: None)
     say(f"{label}: {total} in {time.monotonic() - started:.1f} s")
+
+
+def _counted(total: int, told: Callable[[int], None]) -> Callable[[int], None]:
+    def progress(done: int) -> None:
+        _at.update(done=done, total=total)
+        told(done)
+
+    _at.update(done=0, total=total)
+    return progress
+
+
+@contextmanager
+def working(home: Path, folder: str) -> Iterator[None]:
+    """Say in the store that this process works on a folder, for as long as it does.
+
+    A disk that takes no more does not stop the work: then only the sign is missing.
+    """
+    path = home / "running" / f"{folder}.{socket.gethostname()}.{os.getpid()}.json"
+    facts = {"folder": folder, "host": socket.gethostname(), "pid": os.getpid()}
+    facts |= {"since": time.time()}
+    over = threading.Event()
+    _at.clear()
+
+    def beat() -> None:
+        while True:
+            with suppress(OSError, RunError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, facts | _at | {"seen": time.time()})
+            if over.wait(BEAT):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -80,6 +80,23 @@ def _rows(loaded: Loaded, only: Sequence[str]) -> list[str]:
     return [row for row in rows if row in only] if only else rows
 
 
+def asked(planned: Plan, loaded: Loaded, only: Sequence[str] = ()) -> list[Step]:
+    """All steps that a run of these rows consists of, done or not, in its order."""
+    from harness.build import needed
+
+    rows = _rows(loaded, only)
+    wanted = needed(planned, rows)
+    builds = [step for step in planned.builds() if step.identity in wanted]
+    allowed = planned.recipe.evaluate.allow_code_execution
+    measured = {
+        step.identity: step
+        for row in rows
+        for step in planned.evaluations(row)
+        if _may_run(step, allowed)
+    }
+    return [*builds, *measured.values()]
+
+
 def pending(planned: Plan, rows: Sequence[str], stages: Sequence[str]) -> list[Step]:
     """The steps of these rows that are not done and that these stages may do."""
     from harness.build import needed
