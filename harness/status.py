@@ -81,11 +81,20 @@ def _job(
         return Job(step, "lost", f"{_where(found[-1])}; `kfuse run` goes on from there", expected)
     if step.failure:
         return Job(step, "failed", step.failure, expected)
-    missing = [plan.steps[n] for n in step.needs if n in plan.steps and not plan.steps[n].done]
+    missing = [plan.steps[n] for n in _needs(plan, step) if not plan.steps[n].done]
     if missing:
-        names = ", ".join(f"{need.kind} {need.name}" for need in missing)
-        return Job(step, "waiting", f"for {names}", expected)
+        names = dict.fromkeys(f"{need.kind} {need.name}" for need in missing)
+        return Job(step, "waiting", f"for {', '.join(names)}", expected)
     return Job(step, "ready", "begun before" if step.started else "", expected)
+
+
+def _needs(plan: Plan, step: Step) -> list[str]:
+    """Identities of the steps that a step stands on; an ensemble's own name none of its members."""
+    from harness.build import needed
+
+    if step.kind == "evaluate" and plan.folders[step.rows[0]] is None:
+        return sorted(needed(plan, step.rows[:1]) & set(plan.steps))
+    return [need for need in step.needs if need in plan.steps]
 
 
 def _signs(home: Path) -> dict[str, list[dict[str, Any]]]:

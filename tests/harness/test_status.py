@@ -49,6 +49,9 @@ def test_jobs_wait_for_what_they_stand_on(planned: Plan) -> None:
     assert trained.state == "waiting"
     assert "pack corpus" in trained.detail
     assert found["merge merged"].detail.startswith("for train clm")
+    mixed = [j for j in jobs(planned, asked(planned, load("tiny"))) if j.step.rows == ("pack",)]
+    assert {job.state for job in mixed if job.step.kind == "evaluate"} == {"waiting"}
+    assert "fetch llama" in mixed[-1].detail
     assert "not counted" in summary(list(found.values()))
 
 
