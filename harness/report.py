@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,13 +19,17 @@ from harness.steps import root
 from harness.store import identity, provenance, read_manifest, write_json
 from tasks.published import DOMAINS, LLAMA2, PUBLISHED
 
+if TYPE_CHECKING:
+    from reports.cells import Report
 
-def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, dict[str, Path]]:
-    """Write index.json and the report beside it; the index and the files by format.
+
+def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Report, dict[str, Path]]:
+    """Write index.json and the report beside it; the report and its files by format.
 
     reasons: why a row could not be built, or a row's suite ("row/suite") not be measured.
     """
-    from reports.report import write as render
+    from reports.report import save
+    from reports.table import read
 
     recipe = plan.recipe
     key = identity({"steps": list(plan.steps), "reference": recipe.reference})
@@ -61,7 +65,8 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Path, di
     }
     path = folder / "index.json"
     write_json(path, index)
-    return path, render(path)
+    report = read(path)
+    return report, save(report, folder)
 
 
 def _extra(plan: Plan, loaded: Loaded, runs: list[Step]) -> dict[str, Any]:

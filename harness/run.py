@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion.errors import RecipeError, RunError
 from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
 from harness.store import home, read_manifest
+
+if TYPE_CHECKING:
+    from reports.cells import Report
 
 ALL = ("build", "evaluate", "report")
 
@@ -44,8 +48,7 @@ def run(
     if "report" in stages:
         from harness.report import write
 
-        index, files = write(planned, loaded, reasons)
-        show(index, files)
+        show(*write(planned, loaded, reasons))
         if not waiting and stages == ALL:
             seconds = time.monotonic() - started
             say(f"nothing to do: all is built and measured ({seconds:.1f} s)")
@@ -289,16 +292,15 @@ def _model_state(planned: Plan, row: str) -> str:
     return "will be fetched" if step.kind == "fetch" else "will be built"
 
 
-def show(index: Path, files: dict[str, Path]) -> None:
+def show(report: Report, files: dict[str, Path]) -> None:
     """Print a report's table, and where its files are."""
     from rich.console import Console
 
     from reports.formats import terminal
-    from reports.table import read
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    console.print(terminal(read(index)))
+    console.print(terminal(report))
     for kind, path in files.items():
         print(f"{kind:<9} {path}")

@@ -100,7 +100,8 @@ def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None
     """
     from reports.compare import opened
     from reports.leaderboard import find_runs, row_names
-    from reports.report import write
+    from reports.report import save
+    from reports.table import read
 
     with _readable():
         runs, imported = find_runs(paths)
@@ -125,7 +126,8 @@ def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, _index(name, reference or rows[0], runs, names, suites) | {"cells": cells})
     with _readable():
-        show(path, opened(write, path))
+        found = opened(read, path)
+        show(found, save(found, path.parent))
 
 
 def _suites(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

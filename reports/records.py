@@ -233,7 +233,7 @@ def _table(path: Path, columns: tuple[str, ...] | list[str], sealed: bool = Fals
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"{path}: not a readable Parquet file ({error}); evaluate again (`kfuse run`): only "

@@ -158,7 +158,8 @@ def test_a_fused_row_costs_one_forward_and_an_ensemble_all_of_them(built: Plan) 
 
 def test_the_report_shows_what_rows_cost_and_beside_what_they_stand(built: Plan) -> None:
     loaded = Loaded("demo", RECIPE, (), built.recipe)
-    index, files = write(built, loaded, {})
+    _, files = write(built, loaded, {})
+    index = files["html"].with_name("index.json")
     rows = {row["name"]: row for row in json.loads(index.read_text())["rows"]}
     assert {name: row["target"] for name, row in rows.items()} == {
         **dict.fromkeys(("llama", "fused", "equal", "town", "merged"), "llama"),
