@@ -9,7 +9,7 @@ V target vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from scipy import sparse
 
 from fusion.alignment import MARKERS, align_boundaries, align_dtw
 from fusion.codec import Distribution
+from fusion.conversations import learned
 from fusion.corpus import Piece, read_piece
 from fusion.tokens import family
 from fusion.vocabulary import space_marker
@@ -135,6 +136,7 @@ def dtw_pairs(
     source_tokenizer: PreTrainedTokenizerBase,
     target_tokenizer: PreTrainedTokenizerBase,
     vocabulary_map: sparse.csr_array,
+    template: str = "own",
 ) -> np.ndarray:
     """Positions of a block (P, 2) that the published code pairs, row for row.
 
@@ -143,20 +145,17 @@ def dtw_pairs(
     meets a SentencePiece target, the source's first token counts as if a space stood before it.
 
     FuseLLM (2401.10491, section 3.2 and its released code). Relative to the released code: that
-    reads without BOS; here a BOS meets a BOS and is not warped.
+    reads without BOS; here a BOS meets a BOS and is not warped. Of a conversation each answer is
+    warped by itself, where FuseChat's code warps prompts and padding with it.
     """
     images = _images(vocabulary_map)
     markers = space_marker(target_tokenizer), space_marker(source_tokenizer)
     dummy = family(source_tokenizer) == "byte_level" and markers[0] == MARKERS[0]
     pairs: list[tuple[int, int]] = []
-    at_target = at_source = 0
-    for piece in block:
-        ours = _without_bos(target_tokenizer, piece.ids)
-        whole, _ = read_piece(source_tokenizer, piece)
-        theirs = _without_bos(source_tokenizer, whole)
-        begin = len(piece.ids) - len(ours), len(whole) - len(theirs)
-        if all(begin):
-            pairs.append((at_target, at_source))
+    for target, source, ours, theirs in _runs(block, source_tokenizer, target_tokenizer, template):
+        if len(target) > len(ours) and len(source) > len(theirs):
+            pairs.append((int(target[0]), int(source[0])))
+        target, source = target[len(target) - len(ours) :], source[len(source) - len(theirs) :]
         names = target_tokenizer.convert_ids_to_tokens(ours.tolist())
         partners = source_tokenizer.convert_ids_to_tokens(theirs.tolist())
         warped = align_dtw(names, partners, target_marker=markers[0], source_marker=markers[1])
@@ -172,10 +171,41 @@ def dtw_pairs(
                     known >= 0 and images[known] == ours[0]
                 )
             if same:
-                pairs.append((at_target + begin[0] + t, at_source + begin[1] + s))
-        at_target += len(piece.ids)
-        at_source += len(whole)
+                pairs.append((int(target[t]), int(source[s])))
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _runs(
+    block: Sequence[Piece],
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    template: str,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """What is warped by itself: rows of target and source, and the ids, without what is in front.
+
+    In front is the BOS of a text, or the last token of a prompt.
+    """
+    at_target = at_source = 0
+    for piece in block:
+        whole, ends = read_piece(source_tokenizer, piece, template)
+        rows = at_source + np.cumsum(ends >= 0) - 1
+        if piece.messages:
+            runs = zip(_answers(piece.ends), _answers(ends), strict=True)
+            for ours, theirs in runs:
+                yield at_target + ours, rows[theirs], piece.ids[ours[1:]], whole[theirs[1:]]
+        else:
+            own = _without_bos(target_tokenizer, piece.ids)
+            other = _without_bos(source_tokenizer, whole)
+            yield at_target + np.arange(len(piece.ids)), rows, own, other
+        at_target += len(piece.ids)
+        at_source = int(rows[-1]) + 1
+
+
+def _answers(ends: np.ndarray) -> list[np.ndarray]:
+    """Positions of each answer of a conversation, the last of its prompt in front."""
+    placed = np.flatnonzero(ends >= 0)
+    starts = np.flatnonzero(~learned(ends)[placed])
+    return np.split(placed, starts[1:])
 
 
 def _without_bos(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """One corpus, packed once: the same blocks, order and seed for every trained row.
 
-A block holds pieces, each a run of one document's text that fits; pieces never share context, so a
-source that reads a piece alone sees exactly what the target sees. Blocks are cut by the target's
+A block holds pieces, each a run of one document's text that fits, or a conversation as a chat
+template writes it (`conversations.py`); pieces never share context, so a source that reads a piece
+alone sees exactly what the target sees. Blocks are cut by the target's
 tokenizer and keep the text, so that any source can read the same bytes.
 
 Shapes: T positions of a block.
@@ -11,15 +12,29 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fusion.conversations import (
+    SEPARATOR,
+    Message,
+    answers,
+    borrowed,
+    cut,
+    end_of_turn,
+    frame,
+    learned,
+    messages_of,
+    read,
+    shared_text,
+)
 from fusion.errors import RunError
 from fusion.models import begins_with_bos
 from fusion.tokens import tokenize
@@ -28,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Content = str | tuple[Message, ...]  # a text, or a conversation
 SMALLEST_PIECE = 16  # tokens; what is left of a block below this stays empty
 
 _SCHEMA = pa.schema(
@@ -39,6 +55,9 @@ _SCHEMA = pa.schema(
         ("ends_document", pa.bool_()),
         ("ids", pa.list_(pa.int32())),
         ("ends", pa.list_(pa.int32())),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("frame", pa.list_(pa.string())),
+        ("end", pa.string()),
     ]
 )
 
@@ -49,6 +68,10 @@ class Piece:
 
     ids (T,), ends (T,): target tokens and their cumulative byte ends in `text`; BOS (end 0) in
     front if the tokenizer wants it, EOS behind (end len(text)) if the document ends here.
+
+    Of a conversation: text is what all readers share, the answers; ids are all that the target's
+    chat template writes, ends −1 where that is no answer. messages, the template's frame, and the
+    end of a turn are what sources read it by.
     """
 
     document: int
@@ -57,21 +80,32 @@ class Piece:
     ends_document: bool
     ids: np.ndarray
     ends: np.ndarray
+    messages: tuple[Message, ...] = ()
+    frame: tuple[str, ...] = ()
+    end: str = ""
+
+    @property
+    def learned(self) -> np.ndarray:
+        """Which tokens (T,) carry loss where they are predicted: of a conversation the answers."""
+        return learned(self.ends) if self.messages else np.ones(len(self.ids), dtype=bool)
 
 
-def read_documents(path: Path, heldout: bool = False) -> list[tuple[str, str]]:
-    """(domain, text) of every document in a JSONL or text file (also .gz), or a folder of them.
+def read_documents(path: Path, heldout: bool = False) -> list[tuple[str, Content]]:
+    """(domain, content) of every document in a file, or a folder of them.
 
-    A JSONL line holds `text` and perhaps `domain`; a text file is one document; the domain is else
-    the file's name. heldout: of a file in a folder below `path`, the name of that folder. Raises
-    RunError naming file and line.
+    Files are .jsonl, .json (a list of objects) or .txt, each perhaps .gz. An object holds `text` or
+    a conversation (`conversations.messages_of`) and perhaps `domain`; a text file is one document;
+    the domain is else the file's name. heldout: of a file in a folder below `path`, the name of
+    that folder. Raises RunError naming file and line.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    files = [f for f in files if f.name.removesuffix(".gz").endswith((".jsonl", ".txt"))]
+    files = [f for f in files if f.name.removesuffix(".gz").endswith((".jsonl", ".json", ".txt"))]
     if not files:
         key = "heldout" if heldout else "path"
-        raise RunError(f"corpus.{key}: {path} holds no .jsonl or .txt file (each may be .gz)")
-    out = []
+        raise RunError(
+            f"corpus.{key}: {path} holds no .jsonl, .json or .txt file (each may be .gz)"
+        )
+    out: list[tuple[str, Content]] = []
     for file in files:
         inside = file.relative_to(path).parts if heldout and path.is_dir() else ()
         name = inside[0] if len(inside) > 1 else file.name.split(".")[0]
@@ -79,29 +113,51 @@ def read_documents(path: Path, heldout: bool = False) -> list[tuple[str, str]]:
     return out
 
 
-def _read_file(file: Path, name: str) -> Iterator[tuple[str, str]]:
+def _read_file(file: Path, name: str) -> Iterator[tuple[str, Content]]:
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8") as lines:
             if ".txt" in file.suffixes:
                 yield name, lines.read()
                 return
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            for number, row in _rows(file, lines):
+                content = content_of(row) if isinstance(row, dict) else None
+                if content is None:
                     raise RunError(
-                        f"{file}:{number}: a line must be an object with a 'text' string"
+                        f"{file}:{number}: an entry must be an object with a 'text' string, or with "
+                        "'messages' (a list of objects with role and content), or with "
+                        "'instruction' and 'output'"
                     )
-                yield str(row.get("domain", name)), row["text"]
+                yield str(row.get("domain", name)), content
     except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise RunError(f"{file}: not readable ({error}); is it whole, and UTF-8?") from error
 
 
+def _rows(file: Path, lines: TextIO) -> Iterator[tuple[int, Any]]:
+    """Entries with the number of their line, or in a .json file their place in its list."""
+    if ".json" not in file.suffixes:
+        yield from ((n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip())
+        return
+    rows = json.load(lines)
+    if not isinstance(rows, list):
+        raise RunError(f"{file}: a .json file must be a list of objects; one a line is .jsonl")
+    yield from enumerate(rows, 1)
+
+
+def content_of(row: Mapping[str, Any]) -> Content | None:
+    """A row's text or conversation; None if it has neither."""
+    text = row.get("text")
+    return text if isinstance(text, str) else messages_of(row)
+
+
+def plain(content: Content) -> str:
+    """A document as text; of a conversation what is said, a blank line between turns."""
+    return content if isinstance(content, str) else SEPARATOR.join(text for _, text in content)
+
+
 def of_domains(
-    documents: Sequence[tuple[str, str]], wanted: Sequence[str]
-) -> list[tuple[str, str]]:
+    documents: Sequence[tuple[str, Content]], wanted: Sequence[str]
+) -> list[tuple[str, Content]]:
     """The documents of these domains; RunError if there is none of one, naming those there are."""
     there = sorted({domain for domain, _ in documents})
     absent = [domain for domain in wanted if domain not in there]
@@ -113,23 +169,27 @@ def of_domains(
 
 
 def pack(
-    documents: Sequence[tuple[str, str]],
+    documents: Sequence[tuple[str, Content]],
     tokenizer: PreTrainedTokenizerBase,
     block_tokens: int,
     tokens: int,
     seed: int,
+    counts: Counter[str] | None = None,
 ) -> list[list[Piece]]:
     """Blocks of at most `block_tokens` target tokens, `tokens` in all, from shuffled documents.
 
-    Domains get equal shares, so that a small budget still holds each of them. RunError if the
-    documents run out first.
+    Domains get equal shares, so that a small budget still holds each of them. A text goes on in the
+    next block; a conversation stays together, cut only if a whole block is too short for it, and
+    left out if no answer would be left or the template refuses it. counts: gets how many were read,
+    cut and left out. RunError if the documents run out first.
     """
+    counts = Counter() if counts is None else counts
     wanted = max(1, tokens // block_tokens)
     generator = np.random.default_rng(seed)
-    queues: dict[str, list[tuple[int, str]]] = {}
+    queues: dict[str, list[tuple[int, Content]]] = {}
     for index in generator.permutation(len(documents)):
-        domain, text = documents[index]
-        queues.setdefault(domain, []).append((int(index), text))
+        domain, content = documents[index]
+        queues.setdefault(domain, []).append((int(index), content))
     taken = dict.fromkeys(sorted(queues), 0)
     blocks: list[list[Piece]] = []
     current: list[Piece] = []
@@ -137,12 +197,20 @@ def pack(
     while any(queues.values()):
         # The domain that has given least is next, and no document gives more than a block at once.
         domain = min((d for d in taken if queues[d]), key=lambda d: taken[d])
-        document, text = queues[domain].pop(0)
-        piece = _piece(document, domain, text, tokenizer, room)
+        document, content = queues[domain].pop(0)
+        if isinstance(content, str):
+            piece = _piece(document, domain, content, tokenizer, room)
+            if piece and not piece.ends_document:
+                queues[domain].append((document, content[len(piece.text) :]))
+        else:
+            piece = _conversation(document, domain, content, tokenizer, block_tokens, counts)
         if piece is None:
             continue
-        if not piece.ends_document:
-            queues[domain].append((document, text[len(piece.text) :]))
+        if len(piece.ids) > room:
+            blocks.append(current)
+            current, room = [], block_tokens
+            if len(blocks) == wanted:
+                return blocks
         current.append(piece)
         taken[domain] += len(piece.ids)
         room -= len(piece.ids)
@@ -180,6 +248,32 @@ def _piece(
     return Piece(document, domain, kept, whole, np.array(ids), np.array(ends))
 
 
+def _conversation(
+    document: int,
+    domain: str,
+    messages: tuple[Message, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    counts: Counter[str],
+) -> Piece | None:
+    """A conversation, or as much of its beginning as a block holds; None if no answer is left."""
+    counts["conversations"] += 1
+    found = cut(tokenizer, messages, room)
+    if found is None:
+        counts["left_out"] += 1
+        return None
+    kept, whole = found
+    counts["cut"] += len(kept) < len(messages) or not whole
+    parts = frame(tokenizer, kept)
+    assert parts
+    ids, ends = read(tokenizer, parts, answers(kept), whole)
+    end = end_of_turn(tokenizer, parts)
+    bos = str(tokenizer.bos_token or "")
+    lent = [parts[0].removeprefix(bos), *parts[1:]]  # a reader that wants BOS has its own
+    text = shared_text(kept) if whole else shared_text(kept).removesuffix(SEPARATOR)
+    return Piece(document, domain, text, whole, ids, ends, tuple(kept), tuple(lent), end)
+
+
 def _last_clean_cut(ends: np.ndarray, text: str, capacity: int) -> int:
     """The most tokens within capacity that end at a character's end."""
     raw = text.encode()
@@ -189,8 +283,18 @@ def _last_clean_cut(ends: np.ndarray, text: str, capacity: int) -> int:
     return count
 
 
-def read_piece(tokenizer: PreTrainedTokenizerBase, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and byte ends of a piece as this tokenizer reads it, with its own BOS and EOS."""
+def read_piece(
+    tokenizer: PreTrainedTokenizerBase, piece: Piece, template: str = "own"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and byte ends of a piece as this tokenizer reads it, with its own BOS and EOS.
+
+    template: whose chat template writes a conversation, the tokenizer's `own` or the `pivot`'s,
+    which is the target's; that also where its own refuses the conversation.
+    """
+    if piece.messages:
+        own = frame(tokenizer, piece.messages) if template == "own" else None
+        parts, front = (own, []) if own else borrowed(tokenizer, piece.frame, piece.end)
+        return read(tokenizer, parts, answers(piece.messages), piece.ends_document, front)
     tokens = tokenize(tokenizer, piece.text)
     total = len(piece.text.encode())
     bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
@@ -212,6 +316,9 @@ def write_blocks(path: Path, blocks: Sequence[Sequence[Piece]]) -> None:
             "ends_document": piece.ends_document,
             "ids": piece.ids,
             "ends": piece.ends,
+            "messages": [{"role": role, "content": text} for role, text in piece.messages],
+            "frame": piece.frame,
+            "end": piece.end,
         }
         for number, block in enumerate(blocks)
         for piece in block
@@ -233,6 +340,9 @@ def read_blocks(path: Path) -> list[list[Piece]]:
                 row["ends_document"],
                 np.array(row["ids"], dtype=np.int64),
                 np.array(row["ends"], dtype=np.int64),
+                tuple((m["role"], m["content"]) for m in row["messages"]),
+                tuple(row["frame"]),
+                row["end"],
             )
         )
     return blocks

@@ -70,13 +70,15 @@ class Store:
 class Online:
     """A source that is run when asked, in place of a store: the same numbers, nothing on disk."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
-        self.model, self.tokenizer, self.k = model, tokenizer, k
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int, template: str
+    ) -> None:
+        self.model, self.tokenizer, self.k, self.template = model, tokenizer, k, template
 
     def read(self, block: int, pieces: Sequence[Piece]) -> Distribution:
         """What the source predicts in these pieces, rounded as a store rounds."""
         vocabulary = embedding_rows(self.model)
-        rows = predict(self.model, self.tokenizer, pieces, self.k)
+        rows = predict(self.model, self.tokenizer, pieces, self.k, self.template)
         return decode(*encode(rows, vocabulary), vocabulary)
 
 
@@ -110,10 +112,12 @@ def capture(
     k: int,
     header: dict,
     progress: Callable[[int], None] = lambda done: None,
+    template: str = "own",
 ) -> Store:
     """Write what `model` predicts in every block to `path`, going on where a former call stopped.
 
     header: facts that identify the store (model, corpus, dtype); how it is written is added.
+    template: as for `corpus.read_piece`.
     progress: told the number of finished blocks.
     """
     path.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,7 @@ def capture(
             index.write(json.dumps(entry) + "\n")
         for number in range(len(done), len(blocks)):
             progress(number)
-            rows = predict(model, tokenizer, blocks[number], k)
+            rows = predict(model, tokenizer, blocks[number], k, template)
             shard = f"shard-{number:05d}.bin"
             content, size = encode(rows, vocabulary)
             (path / shard).write_bytes(content)
@@ -135,6 +139,7 @@ def capture(
                 "bytes": len(content),
                 "uncompressed": size,
                 "positions": len(rows.ids),
+                "read": sum(len(read_piece(tokenizer, p, template)[0]) for p in blocks[number]),
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
             index.write(json.dumps(entry) + "\n")
@@ -144,10 +149,13 @@ def capture(
 
 
 def read_block(
-    tokenizer: PreTrainedTokenizerBase, block: Sequence[Piece], device: torch.device
+    tokenizer: PreTrainedTokenizerBase,
+    block: Sequence[Piece],
+    device: torch.device,
+    template: str = "own",
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
     """A block as one row without padding: ids, segments, positions (1, S), and byte ends (S,)."""
-    read = [read_piece(tokenizer, piece) for piece in block]
+    read = [read_piece(tokenizer, piece, template) for piece in block]
     ids = torch.from_numpy(np.concatenate([r[0] for r in read]))[None]
     segments = torch.cat([torch.full((len(r[0]),), i + 1) for i, r in enumerate(read)])[None]
     positions = torch.cat([torch.arange(len(r[0])) for r in read])[None]
@@ -156,25 +164,35 @@ def read_block(
 
 
 def predict(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block: Sequence[Piece], k: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block: Sequence[Piece],
+    k: int,
+    template: str = "own",
 ) -> Distribution:
-    """What `model` predicts in one block, unrounded; pieces do not see each other."""
-    ids, segments, positions, ends = read_block(tokenizer, block, model.device)
+    """What `model` predicts in one block, unrounded; pieces do not see each other.
+
+    Of a conversation only the rows that have a place in the shared text (byte end ≥ 0).
+    """
+    ids, segments, positions, ends = read_block(tokenizer, block, model.device, template)
     pattern = causal_pattern(segments, torch.ones_like(segments, dtype=torch.bool))
     following = torch.roll(ids[0], -1)
-    last = torch.roll(segments[0], -1) != segments[0]
+    placed = torch.from_numpy(ends >= 0).to(model.device)
+    # A row says nothing that counts at the end of a piece or of a turn.
+    last = (torch.roll(segments[0], -1) != segments[0]) | ~torch.roll(placed, -1)
     last[-1] = True
+    following, last, pieces = following[placed], last[placed], segments[0][placed]
     found: list[tuple[Tensor, ...]] = []
     head = model.get_output_embeddings()
     with torch.inference_mode():
-        hidden = hidden_states(model, ids, positions, pattern)[0]
+        hidden = hidden_states(model, ids, positions, pattern)[0][placed]
         for start in range(0, len(hidden), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
             scores = head(hidden[part])
             found += _kept(scores, following[part], k, softcap(model))
     columns = [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
     columns[-1][last.cpu().numpy()] = np.nan
-    return Distribution(segments[0].cpu().numpy() - 1, ends, *columns)
+    return Distribution(pieces.cpu().numpy() - 1, ends[ends >= 0], *columns)
 
 
 def _kept(

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SECONDS = 1.0  # of each kind of work
+GPUS = {  # dense FLOP/s in bfloat16, memory's bytes a second, its bytes: makers' data sheets, SXM
+    "a100": (3.12e14, 2.04e12, 80 * 10**9),
+    "h100": (9.89e14, 3.35e12, 80 * 10**9),
+    "h200": (9.89e14, 4.80e12, 141 * 10**9),
+}
+SUSTAINED = 0.4  # of a data sheet's figures, that long work is taken to reach
 ROWS, LENGTH = 4, 256  # read and trained on; one position each of four times as many is written
 
 
@@ -65,6 +71,20 @@ def measure(device: str = "cpu", dtype: str = "float32") -> Rates:
         return 4 * ROWS * (size.per_token + 4 * size.attention * seen)
 
     return Rates(_rate(read, device), _rate(write, device), _rate(train, device))
+
+
+def stated(gpu: str, rows: int) -> Rates:
+    """What a GPU of the data sheets is taken to sustain in bfloat16; nothing is measured.
+
+        read = train = s·F,   write = s·min(F, rows·B)
+
+    F FLOP/s, B bytes a second, s = SUSTAINED. Writing a token for each of so many rows moves every
+    weight once, 2 bytes, for 2·rows FLOPs of it (the roofline of Williams et al. 2009).
+    """
+    flops, moved, _ = GPUS[gpu]
+    return Rates(
+        SUSTAINED * flops, SUSTAINED * min(flops, rows * moved), SUSTAINED * flops
+    )
 
 
 def bfloat16_slowdown(size: int = 256) -> float:

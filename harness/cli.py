@@ -75,14 +75,19 @@ def plan(
     only: Only = None,
     limit: Limit = None,
     data: Data = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="a100, h100 or h200: GPU-hours by its data sheet, not by this machine"),
+    ] = None,
 ) -> None:
     """Before any compute: what each suite can show, and tokens, FLOPs, time, disk and memory.
 
-    Exit 1 if it cannot fit on this machine. Models that are not here yet are not counted.
+    Exit 1 if it cannot fit on this machine, or on each GPU. Models that are not here yet are counted
+    if the recipe says their `parameters`.
     """
     from harness.run import foresee
 
-    print(foresee(recipe, _with(overrides, limit, data), only or []))
+    print(foresee(recipe, _with(overrides, limit, data), only or [], gpu))
 
 
 @app.command()

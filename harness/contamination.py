@@ -100,8 +100,10 @@ def _texts(path: Path) -> Iterator[str]:
     """The pieces of a packed corpus, a few at a time."""
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(path).iter_batches(1024, columns=["text"]):
-        yield from batch.column(0).to_pylist()
+    for batch in pq.ParquetFile(path).iter_batches(1024, columns=["text", "messages"]):
+        for row in batch.to_pylist():
+            turns = [turn["content"] for turn in row["messages"]]
+            yield from turns or [row["text"]]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def counted(plan: Plan, step: Step) -> dict[str, Any]:
         from fusion.distributions import open_store
         from fusion.flops import forward
 
-        rows = [entry["positions"] for entry in open_store(step.folder).index]
+        rows = [entry.get("read", entry["positions"]) for entry in open_store(step.folder).index]
         return {"flops": forward(_size(plan, step.content["row"]), rows), "tokens": sum(rows)}
     if step.kind == "train":
         train = plan.recipe.variants[step.rows[0]].train
@@ -167,7 +167,7 @@ def _collected(plan: Plan, step: Step) -> dict[str, Any]:
     blocks = _blocks(plan, content["corpus"])[: content["blocks"]]
     if content["statistics"] == "fisher":  # piece by piece; one token alone predicts nothing
         blocks = [[piece] for block in blocks for piece in block]
-    lengths = source_lengths(plan, content["row"], blocks)
+    lengths = source_lengths(plan, content["row"], blocks, content.get("template", "own"))
     if content["statistics"] == "fisher":
         lengths = [length for length in lengths if length > 1]
     own = _size(plan, content["row"])
@@ -201,7 +201,7 @@ def _trained(plan: Plan, step: Step, train: Train) -> dict[str, Any]:
         flops, tokens = train.epochs * sum(each), train.epochs * sum(lengths)
     if train.fuse and train.fuse.online:
         flops += train.epochs * sum(
-            forward(_size(plan, row), source_lengths(plan, row, blocks))
+            forward(_size(plan, row), source_lengths(plan, row, blocks, train.fuse.template))
             for row in train.fuse.sources
         )
     return {"flops": flops, "tokens": tokens}
@@ -228,8 +228,10 @@ def budget(plan: Plan, step: Step) -> tuple[int, int]:
     blocks = _blocks(plan, step.content["budget"]["corpus"])
     lengths = [sum(len(piece.ids) for piece in block) for block in blocks]
     total = rival.epochs * training(_size(plan, rival.init), lengths)
-    for row in rival.fuse.sources if rival.fuse else ():
-        total += forward(_size(plan, row), source_lengths(plan, row, blocks))
+    fuse = rival.fuse
+    for row in fuse.sources if fuse else ():
+        assert fuse
+        total += forward(_size(plan, row), source_lengths(plan, row, blocks, fuse.template))
     own = _size(plan, section.init)
     each = [
         training(own, [sum(len(piece.ids) for piece in block)])
@@ -238,14 +240,18 @@ def budget(plan: Plan, step: Step) -> tuple[int, int]:
     return steps_within(each, section.batch_blocks, total), total
 
 
-def source_lengths(plan: Plan, row: str, blocks: Sequence[Sequence[Any]]) -> list[int]:
-    """Tokens of each block as a source cuts it."""
+def source_lengths(
+    plan: Plan, row: str, blocks: Sequence[Sequence[Any]], template: str = "own"
+) -> list[int]:
+    """Tokens of each block as a source cuts it, conversations by its own template or the pivot's."""
     from fusion.corpus import read_piece
     from fusion.models import load_tokenizer
     from harness.build import model_folder
 
     tokenizer = load_tokenizer(model_folder(plan, root(plan.recipe, row)))
-    return [sum(len(read_piece(tokenizer, piece)[0]) for piece in block) for block in blocks]
+    return [
+        sum(len(read_piece(tokenizer, piece, template)[0]) for piece in block) for block in blocks
+    ]
 
 
 def _blocks(plan: Plan, corpus: str) -> list[list[Any]]:

@@ -1,8 +1,9 @@
 """`kfuse plan`: what a recipe will take and what its measurements can show, before any compute.
 
 FLOPs come from the formulas of the cost ledger, tokens from a sample of the questions, seconds from
-a calibration of this machine. What is not known yet (a model that is not fetched, questions that
-cannot be had) is said to be unknown, and counts for nothing in the sums.
+a calibration of this machine or from the data sheet of a GPU that is named. What is not known yet
+(a model that is neither here nor has `parameters`, questions that cannot be had) is said to be
+unknown, and counts for nothing in the sums.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ class Forecast:
     work: tuple[Work, ...]
     disk_free: int
     memory_total: int
-    where: str  # the device
+    where: str  # the device, or the GPU that was named
+    stated: bool = False  # seconds are of a data sheet and of one GPU, and nothing was calibrated
+    processes: int = 1  # that train, each on its own GPU
+    trained: tuple[int, int] | None = None  # of the largest model: weights, bytes each in products
 
     @property
     def refusals(self) -> list[str]:
@@ -80,7 +84,7 @@ class Forecast:
             )
         for work in self.work:
             if work.memory is not None and work.memory > self.memory_total:
-                remedy = "train in more processes with DeepSpeed, or a smaller model"
+                remedy = "train in more processes with `machine.deepspeed`, or a smaller model"
                 if work.stage != "train":
                     remedy = "`evaluate.dtype: bfloat16`, or a smaller model"
                 out.append(
@@ -98,36 +102,54 @@ def gib(size: int) -> str:
 Sizes = dict[str, "tuple[Size, int] | None"]  # by source: its size and number of weights
 
 
-def forecast(plan: Plan, steps: Sequence[Step], *, calibrate: bool = True) -> Forecast:
-    """What these steps will take. steps: as `run.pending` gives them."""
+def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forecast:
+    """What these steps will take on this machine, or on GPUs of a kind.
+
+    steps: as `run.pending` gives them. gpu: a key of `fusion.rates.GPUS`.
+    """
     from harness.build import device
     from harness.measuring import Measuring
 
-    where = device(plan)
+    where = gpu or device(plan)
     sizes = {row: _model(plan, row) for row in plan.recipe.sources}
     measuring, questions = Measuring(plan), {}
     for step in steps:
         if step.kind == "evaluate" and step.name not in questions:
             questions[step.name] = _questions(plan, measuring, step)
-    rates = _rates(plan, where) if calibrate else {}
-    work = [_work(plan, step, sizes, questions, rates) for step in steps]
+    rates = _rates(plan, where)
+    work = [_work(plan, step, sizes, questions, rates, where) for step in steps]
+    trained = [
+        (known[1], BYTES[_dtype(plan, step)])
+        for step in steps
+        if step.kind == "train" and (known := sizes.get(root(plan.recipe, step.rows[0])))
+    ]
     return Forecast(
         tuple(questions.values()),
         tuple(work),
         shutil.disk_usage(existing(plan.home)).free,
         _memory(where),
         where,
+        gpu is not None,
+        plan.recipe.machine.processes,
+        max(trained, default=None),
     )
 
 
 def _rates(plan: Plan, where: str) -> dict[str, Rates]:
-    from fusion.rates import measure
+    from fusion.rates import GPUS, measure, stated
 
     trains = {v.train.dtype for v in plan.recipe.variants.values() if v.train}
-    return {dtype: measure(where, dtype) for dtype in {plan.recipe.evaluate.dtype, *trains}}
+    dtypes = {plan.recipe.evaluate.dtype, *trains}
+    if where in GPUS:
+        return dict.fromkeys(dtypes, stated(where, plan.recipe.machine.generate_rows))
+    return {dtype: measure(where, dtype) for dtype in dtypes}
 
 
 def _memory(where: str) -> int:
+    from fusion.rates import GPUS
+
+    if where in GPUS:
+        return GPUS[where][2]
     if where.startswith("cuda"):
         import torch
 
@@ -138,14 +160,18 @@ def _memory(where: str) -> int:
 
 
 def _model(plan: Plan, row: str) -> tuple[Size, int] | None:
-    """A source's size and number of weights, if its configuration is here."""
-    from fusion.flops import size
+    """A source's size and number of weights, if its configuration is here or the recipe says it.
+
+    Of a number alone all weights count as products, and attention to other tokens is left out.
+    """
+    from fusion.flops import Size, size
     from fusion.models import skeleton
     from harness.build import model_folder
 
     folder = model_folder(plan, row)
     if not (folder / "config.json").is_file():
-        return None
+        told = plan.recipe.sources[row].parameters
+        return (Size(round(told), 0, 0), round(told)) if told else None
     model = skeleton(folder)
     return size(model), sum(weight.numel() for weight in model.parameters())
 
@@ -229,6 +255,7 @@ def _work(
     sizes: Sizes,
     questions: dict[str, Questions],
     rates: dict[str, Rates],
+    where: str,
 ) -> Work:
     if step.kind == "evaluate":
         return _measurement(plan, step, sizes, questions[step.name], rates)
@@ -243,26 +270,25 @@ def _work(
             reads = step.kind == "capture" or step.content.get("statistics") == "gram"
             seconds = flops / (rates[dtype].read if reads else rates[dtype].train)
     if known and step.kind in ("train", "statistics"):
-        memory = _trained(plan, step, known[1])
+        memory = _trained(plan, step, known[1], where)
     elif known and step.kind == "capture":
         memory = BYTES[_dtype(plan, step)] * known[1]
     return Work(step.kind, step.name, tokens, flops, seconds, step.disk, memory)
 
 
-def _trained(plan: Plan, step: Step, weights: int) -> int:
-    """Bytes that training keeps at least: weights, gradients, AdamW's two moments in float32.
+def _trained(plan: Plan, step: Step, weights: int, where: str) -> int:
+    """Bytes that training keeps at least on a device; processes on a CPU share one memory.
 
-    Several processes hold all of it each unless DeepSpeed shares it out; on a CPU they share one
-    memory. Statistics keep no moments but one square a weight. Activations come on top.
+    Statistics keep no moments but one square a weight.
     """
-    from harness.build import device
+    from fusion.sharding import kept, sharding
 
     if step.kind == "statistics":
         return 12 * weights
     machine = plan.recipe.machine
-    shared = 1 if machine.deepspeed is None else machine.processes
-    beside = machine.processes if device(plan) == "cpu" else 1
-    return 16 * weights * beside // shared
+    beside = machine.processes if where == "cpu" else 1
+    how = sharding(machine.deepspeed, machine.fsdp)
+    return beside * kept(weights, how, machine.processes, BYTES[_dtype(plan, step)])
 
 
 def _computed(plan: Plan, step: Step, sizes: Sizes) -> int | None:

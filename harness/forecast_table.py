@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fusion.rates import SUSTAINED
+from fusion.sharding import SHARDINGS, kept
 from harness.forecast import DISAGREE, Forecast, Work, gib
 
 UNKNOWN = "not known before it is measured"
@@ -88,15 +90,25 @@ def sums(found: Forecast) -> str:
     disk = sum(work.disk for work in found.work)
     compute = [w for w in found.work if w.stage in ("capture", "statistics", "train", "evaluate")]
     unknown = sum(work.flops is None for work in compute)
+    time = f"about {duration(seconds)} on {found.where}, by a calibration that is good to a factor of two"
+    if found.stated:
+        time = f"about {seconds / 3600:,.0f} GPU-hours on {found.where}, at {SUSTAINED:.0%} of its data sheet"
     line = (
-        f"in all: about {duration(seconds)} on {found.where}, by a calibration that is good to a "
-        f"factor of two; {flops:.1e} FLOPs; {gib(disk)} of {gib(found.disk_free)} GiB that are "
+        f"in all: {time}; {flops:.1e} FLOPs; {gib(disk)} of {gib(found.disk_free)} GiB that are "
         f"free; memory {gib(found.memory_total)} GiB"
     )
+    if found.stated and found.trained:
+        weights, width = found.trained
+        each = (f"{how} {gib(kept(weights, how, found.processes, width))}" for how in SHARDINGS)
+        line += (
+            f"\nmemory of each GPU to train {weights / 1e9:.1f} billion weights in "
+            f"{found.processes} processes, without activations: {', '.join(each)} GiB"
+        )
     if unknown:
         line += (
             f"\nnot counted: {unknown} of {len(compute)} pieces of work, whose models or questions "
-            "are not here yet; `kfuse build` fetches models"
+            "are not here yet; `kfuse build` fetches models, `parameters: 7e9` on a source stands "
+            "in for one"
         )
     return line
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from fusion.corpus import read_documents
+from fusion.corpus import plain, read_documents
 from fusion.errors import RunError
 from harness.hashing import corpus_hash
 from harness.store import write_text
@@ -25,10 +25,11 @@ _PREFIX = "kfuse_heldout_"
 
 def heldout_suite(path: str, home: Path) -> tuple[Suite, Path]:
     """The suite and the folder of its data; RunError if the text cannot be read or is empty."""
-    content = corpus_hash(home, path, "heldout")
-    folder = home / "data" / f"heldout-{content[:8]}"
+    key = corpus_hash(home, path, "heldout")
+    folder = home / "data" / f"heldout-{key[:8]}"
     domains: dict[str, list[str]] = {}
-    for domain, text in read_documents(Path(path).expanduser(), heldout=True):
+    for domain, content in read_documents(Path(path).expanduser(), heldout=True):
+        text = plain(content)
         if text.strip():
             domains.setdefault(domain, []).append(text)
     if not domains:

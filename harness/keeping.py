@@ -102,13 +102,13 @@ def _compressed(plan: Plan, row: str, folder: Path, bits: float | str) -> dict[s
 
 def _texts(plan: Plan) -> list[str]:
     """The beginnings of held-out documents; without any, of the corpus's that are in no block."""
-    from fusion.corpus import of_domains, read_blocks, read_documents
+    from fusion.corpus import Content, of_domains, plain, read_blocks, read_documents
     from harness.build import corpus_path
 
     corpus = plan.recipe.corpus
     if corpus is None:
         return []
-    used: set[tuple[str, str]] = set()
+    used: set[tuple[str, Content]] = set()
     path = Path(corpus.heldout).expanduser() if corpus.heldout else corpus_path(plan, corpus.path)
     documents = read_documents(path)
     if not corpus.heldout:
@@ -118,7 +118,7 @@ def _texts(plan: Plan) -> list[str]:
                 own = of_domains(documents, domains) if domains else documents
                 blocks = read_blocks(step.folder / "blocks.parquet")
                 used |= {own[piece.document] for block in blocks for piece in block}
-    texts = [text for domain, text in documents if (domain, text) not in used]
+    texts = [plain(document[1]) for document in documents if document not in used]
     every = max(1, len(texts) // TEXTS)
     return [text[:CHARACTERS] for text in texts[::every][:TEXTS] if len(text) > 1]
 

@@ -101,7 +101,9 @@ def _source(out: Plan, name: str, source: Source) -> None:
         folder, key = _ready_made(out.home, name, source)
         if not (folder / "config.json").is_file():
             content = {"path": path, "revision": source.revision}
-            folder = out.add(Step("fetch", name, folder, key, content, rows=(name,))).folder
+            disk = round(2 * source.parameters) if source.parameters else 0
+            step = Step("fetch", name, folder, key, content, rows=(name,), disk=disk)
+            folder = out.add(step).folder
     out.identities[name], out.folders[name] = key, folder
     out.summaries[name] = f"source {path}" + (f"@{source.revision}" if source.revision else "")
 
@@ -213,6 +215,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
                 "dtype": train.dtype,
                 "version": VERSIONS["capture"],
             }
+            captured |= {"template": "pivot"} if fuse.template == "pivot" else {}
             step = planned_step(
                 out,
                 "capture",
@@ -228,6 +231,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
             counted = None
             if needs_counts(fuse.vocabulary):
                 counted = {"corpus": packed.identity, "alignment": fuse.alignment}
+                counted |= {"template": "pivot"} if fuse.template == "pivot" else {}
             maps.append(_map_step(out, name, source, train.init, fuse.vocabulary, counted))
         content["fuse"] = fuse.results() | {
             "sources": [c.identity for c in captures],

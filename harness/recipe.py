@@ -24,6 +24,7 @@ from fusion.mergekit import references as models_of
 from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant, operational
 from harness.checks import (
     budgets,
+    processes,
     close,
     kept,
     methods,
@@ -168,7 +169,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems += [_explain(e, raw) for e in error.errors()]
-    problems += [*names(raw), *references(raw), *budgets(raw), *methods(raw)]
+    problems += [*names(raw), *references(raw), *budgets(raw), *processes(raw), *methods(raw)]
     problems += [*statistics(raw), *kept(raw), *suites(raw)]
     if problems or recipe is None:
         unique = dict.fromkeys(problems)

@@ -225,17 +225,28 @@ def rescore(reference: str, overrides: Sequence[str] = (), only: Sequence[str] =
     return code
 
 
-def foresee(reference: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> str:
-    """What a recipe still takes and what it can show. RunError if it cannot fit here."""
+def foresee(
+    reference: str,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    gpu: str | None = None,
+) -> str:
+    """What a recipe still takes and what it can show. RunError if it cannot fit here.
+
+    gpu: reckon with GPUs of this kind instead of this machine; RecipeError if it is unknown.
+    """
+    from fusion.rates import GPUS
     from harness.forecast import forecast
     from harness.forecast_table import table
 
+    if gpu is not None and gpu not in GPUS:
+        raise RecipeError(f"--gpu {gpu}: no data sheet; known: {', '.join(GPUS)}")
     loaded = load(reference, overrides)
     planned = plan(loaded.recipe, home())
     waiting = pending(planned, _rows(loaded, only), ALL)
     if not waiting:
         return f"{loaded.name}: all is built and measured; nothing is left to be done"
-    found = forecast(planned, waiting)
+    found = forecast(planned, waiting, gpu)
     if found.refusals:
         raise RunError("\n".join([table(found), "cannot fit:", *found.refusals]))
     return table(found)

@@ -14,7 +14,7 @@ from harness.store import identity, read_manifest
 # Raised by hand when the same input gives another output.
 VERSIONS = {
     "convert": 1,
-    "pack": 2,
+    "pack": 3,
     "capture": 2,
     "map": 2,
     "train": 1,
@@ -139,7 +139,9 @@ def tokenizer_identity(out: Plan, row: str) -> str:
 
 def model_bytes(out: Plan, row: str) -> int:
     """Bytes that a model of this row's shape takes, as far as is known."""
-    folder = out.folders.get(root(out.recipe, row))
+    source = root(out.recipe, row)
+    folder = out.folders.get(source)
     if folder is None or not folder.is_dir():
-        return 1_100_000_000
+        told = out.recipe.sources.get(source)
+        return round(4 * told.parameters) if told and told.parameters else 1_100_000_000
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))

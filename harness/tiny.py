@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import RunError
 
@@ -170,12 +170,29 @@ def _neox(vocabulary: int) -> PretrainedConfig:
     )
 
 
+# Two ways to write a conversation, of which the second takes no system message.
+_CHAT = (
+    "{% for m in messages %}{{ m.role + ':\\n' + m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
+_TURNS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    "{{ '[' + m.role + ']\\n' + m.content.strip() + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
+)
 _MODELS: dict[str, tuple[Callable, Callable, dict[str, str], int]] = {
-    "llama": (_byte_level, _llama, {"eos_token": "<|end|>"}, 1),
+    "llama": (_byte_level, _llama, {"eos_token": "<|end|>", "chat_template": _CHAT}, 1),
     "gemma": (
         _sentencepiece,
         _gemma,
-        {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        {
+            "pad_token": "<pad>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "chat_template": _TURNS,
+        },
         2,
     ),
     "neox": (
@@ -208,10 +225,18 @@ def make_model(name: str, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def make_corpus(home: Path) -> Path:
-    """The tiny corpus as a JSONL file in the store."""
-    path = home / "data" / "tiny.jsonl"
+def make_corpus(home: Path, name: str = "corpus") -> Path:
+    """A tiny corpus as a JSONL file in the store: texts, or `conversations` about them.
+
+    RunError lists the known names.
+    """
+    if name not in ("corpus", "conversations"):
+        raise RunError(f"corpus.path: tiny:{name}: unknown; known: tiny:corpus, tiny:conversations")
+    path = home / "data" / ("tiny.jsonl" if name == "corpus" else f"tiny-{name}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if name == "conversations":
+        path.write_text("".join(json.dumps(row) + "\n" for row in _conversations()))
+        return path
     groups = [" ".join(TEXT[start : start + 6]) for start in range(0, len(TEXT), 6)]
     lines = [
         json.dumps({"domain": ("village", "town")[number % 2], "text": text})
@@ -219,3 +244,15 @@ def make_corpus(home: Path) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _conversations() -> Iterator[dict[str, Any]]:
+    """Questions about who does what; every third conversation has a system message, and two turns."""
+    for number, (who, does) in enumerate((who, does) for who in _PEOPLE for does in _DEEDS):
+        asked = [("user", f"What does {who} do?"), ("assistant", f"{who.capitalize()} {does}.")]
+        if number % 3 == 0:
+            also = _DEEDS[(number + 2) % len(_DEEDS)]
+            asked = [("system", "Answer in one line."), *asked]
+            asked += [("user", "And then?"), ("assistant", f"Then {who} {also}.")]
+        turns = [{"role": role, "content": content} for role, content in asked]
+        yield {"domain": ("village", "town")[number % 2], "messages": turns}

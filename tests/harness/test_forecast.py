@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusion import rates
-from fusion.errors import RunError
+from fusion.errors import RecipeError, RunError
 from fusion.flops import forward, size, training
 from fusion.models import skeleton
 from harness import forecast as module
@@ -86,7 +86,7 @@ def test_it_takes_time_and_says_so(found: Forecast) -> None:
 def test_what_is_not_here_is_unknown_and_not_zero(home: Path) -> None:
     planned = plan(parse(TEXT, "r"), home)
     steps = pending(planned, planned.recipe.rows, ("build", "evaluate"))
-    nothing = forecast(planned, steps, calibrate=False)
+    nothing = forecast(planned, steps, "h100")
     assert all(w.flops is None and w.memory is None for w in nothing.work)
     assert "not counted: 13 of 13 pieces" in sums(nothing)
 
@@ -121,22 +121,53 @@ def test_a_budgeted_row_takes_what_the_other_and_its_sources_take(
     build(planned, ["llama", "gemma"])
     planned = plan(planned.recipe, planned.home)
     steps = pending(planned, planned.recipe.rows, ("build",))
-    again = forecast(planned, steps, calibrate=False)
+    again = forecast(planned, steps, "h100")
     parts = [work(found, "train", "fused").flops, work(found, "capture", "gemma").flops]
     assert work(again, "train", "equal").flops == sum(part or 0 for part in parts)
     assert [w.flops for w in again.work if w.name == "clm"] == [work(found, "train", "clm").flops]
 
 
-def test_processes_on_a_cpu_share_one_memory(home: Path) -> None:
+def test_processes_on_a_cpu_share_one_memory(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = TEXT + "machine: {device: cpu, processes: 4}\n"
     memory = []
+    monkeypatch.setattr(module, "_rates", lambda *_: {})
     for change in ("", "machine.processes=1"):
         planned = plan(parse(text, "r", [change] if change else []), home)
         build(planned, ["llama"])
         planned = plan(planned.recipe, planned.home)
         steps = [step for step in planned.builds() if step.name == "clm"]
-        memory.append(forecast(planned, steps, calibrate=False).work[0].memory)
+        memory.append(forecast(planned, steps).work[0].memory)
     assert memory[0] == 4 * (memory[1] or 0) > 0
+
+
+def test_absent_models_are_counted_by_what_the_recipe_says(home: Path) -> None:
+    """With a number of weights: 6·Ψ FLOPs a token, 16 Ψ bytes to train, 2 Ψ to fetch."""
+    text = TEXT.replace('path: "tiny:llama"', "path: some/llama, parameters: 7e9")
+    planned = plan(parse(text + "machine: {processes: 8}\n", "r"), home)
+    steps = pending(planned, planned.recipe.rows, ("build", "evaluate"))
+    found = forecast(planned, steps, "h100")
+    clm = work(found, "train", "clm")
+    assert (clm.flops, clm.memory, clm.disk) == (6 * 7 * 10**9 * 600, 16 * 7 * 10**9, 4 * 7 * 10**9)
+    assert work(found, "fetch", "llama").disk == 2 * 7 * 10**9
+    assert clm.seconds == pytest.approx((clm.flops or 0) / (0.4 * 9.89e14))
+    said = sums(found)
+    assert "GPU-hours on h100" in said
+    assert "7.0 billion weights in 8 processes" in said
+    gib = 7e9 / 2**30
+    for how, a_weight in (("none", 16), ("zero2", 4 + 12 / 8), ("fsdp", 2)):
+        assert f"{how} {a_weight * gib:.1f}" in said
+    assert any("machine.deepspeed" in refusal for refusal in found.refusals)
+    shared = plan(parse(text + "machine: {processes: 8, deepspeed: zero3}\n", "r"), home)
+    assert forecast(shared, steps, "h100").refusals == []
+
+
+def test_an_unknown_gpu_is_named(tmp_path: Path, home: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TEXT)
+    with pytest.raises(RecipeError, match="a100, h100, h200"):
+        foresee(str(path), gpu="h1")
 
 
 def test_a_suite_without_an_average_has_a_line_for_each_task() -> None:
