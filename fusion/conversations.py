@@ -14,6 +14,7 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Message = tuple[str, str]  # role and content
 SEPARATOR = "\n\n"
+CHAT = "\ue002"  # in front of a prompt that is a conversation, as JSON
 _MARK = "\ue000{}\ue001"  # of the private use area: no template looks at it
 
 
@@ -84,25 +86,11 @@ def frame(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> li
     A system message that the template refuses goes in front of the first question. None if it
     refuses the conversation, or writes an answer not once. RunError if there is no template.
     """
-    from jinja2.exceptions import TemplateError
-
-    if not tokenizer.chat_template:
-        raise RunError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so it cannot read "
-            "conversations; take its chat model as `init`, and `template: pivot` for such a source"
-        )
     count = len(answers(messages))
     marks = [_MARK.format(number) for number in range(count)]
     left = iter(marks)
     marked = [(role, next(left) if role == "assistant" else text) for role, text in messages]
-    text = None
-    for attempt in (marked, _without_system(marked)):
-        try:
-            given = [{"role": role, "content": content} for role, content in attempt]
-            text = str(tokenizer.apply_chat_template(given, tokenize=False))
-            break
-        except TemplateError:
-            continue
+    text = _written(tokenizer, marked)
     if text is None or any(text.count(mark) != 1 for mark in marks):
         return None
     parts = []
@@ -110,6 +98,47 @@ def frame(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> li
         before, _, text = text.partition(mark)
         parts.append(before)
     return [*parts, text]
+
+
+def asking(messages: Sequence[Message]) -> str:
+    """A conversation that waits for its answer as one prompt, which `asked` reads."""
+    return CHAT + json.dumps([list(message) for message in messages], ensure_ascii=False)
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Such a prompt as the tokenizer's chat template writes it, up to where the answer begins.
+
+    RunError if there is no template, or it refuses the conversation.
+    """
+    messages = [(role, content) for role, content in json.loads(prompt.removeprefix(CHAT))]
+    text = _written(tokenizer, messages, waits=True)
+    if text is None:
+        raise RunError(
+            f"{tokenizer.name_or_path}: its chat template refuses a conversation of "
+            f"{', '.join(role for role, _ in messages)}"
+        )
+    return text
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], waits: bool = False
+) -> str | None:
+    from jinja2.exceptions import TemplateError
+
+    if not tokenizer.chat_template:
+        raise RunError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so it cannot read "
+            "conversations; take the chat model of its family, or `template: pivot` for a source"
+        )
+    for attempt in (messages, _without_system(messages)):
+        try:
+            given = [{"role": role, "content": content} for role, content in attempt]
+            return str(
+                tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=waits)
+            )
+        except TemplateError:
+            continue
+    return None
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
@@ -200,9 +229,9 @@ def cut(
     kept: list[Message] = list(messages)
     whole = True
     while True:
-        parts = frame(tokenizer, kept)
         said = answers(kept)
-        if parts is None or not any(said):
+        parts = frame(tokenizer, kept) if any(said) else None
+        if parts is None:
             return None
         ids, ends = read(tokenizer, parts, said, whole)
         if len(ids) <= room:

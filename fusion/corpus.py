@@ -124,9 +124,9 @@ def _read_file(file: Path, name: str) -> Iterator[tuple[str, Content]]:
                 content = content_of(row) if isinstance(row, dict) else None
                 if content is None:
                     raise RunError(
-                        f"{file}:{number}: an entry must be an object with a 'text' string, or with "
-                        "'messages' (a list of objects with role and content), or with "
-                        "'instruction' and 'output'"
+                        f"{file}:{number}: an entry must be an object with a 'text' string, "
+                        "'messages' (a list of objects with role and content), or 'instruction' "
+                        "and 'output'"
                     )
                 yield str(row.get("domain", name)), content
     except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:

@@ -110,7 +110,9 @@ def chunks(source: Distribution, block: Sequence[Piece]) -> tuple[np.ndarray, np
         index.append(np.where(ours >= 0, ours + count, -1))
         theirs = _between(common, own[1:])
         inside = theirs >= 0
-        likelihoods.append(np.bincount(theirs[inside], gold[:-1][inside], many))
+        # Between two answers of a conversation nothing is predicted; nothing learns from it either.
+        said = np.nan_to_num(gold[:-1])
+        likelihoods.append(np.bincount(theirs[inside], said[inside], many))
         count += many
     return np.concatenate(index), np.concatenate(likelihoods)
 

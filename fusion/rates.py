@@ -26,7 +26,7 @@ GPUS = {  # dense FLOP/s in bfloat16, memory's bytes a second, its bytes: makers
     "h200": (9.89e14, 4.80e12, 141 * 10**9),
 }
 SUSTAINED = 0.4  # of a data sheet's figures, that long work is taken to reach
-ROWS, LENGTH = 4, 256  # read and trained on; one position each of four times as many is written
+ROWS, LENGTH = 4, 256  # read and trained on; of as many rows one position each is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,13 @@ def measure(device: str = "cpu", dtype: str = "float32") -> Rates:
 
     cache = None
     with torch.inference_mode():
-        cache = model(ids.view(4 * ROWS, -1), use_cache=True).past_key_values
+        cache = model(ids, use_cache=True).past_key_values
 
     def write() -> int:
         with torch.inference_mode():
-            model(ids.view(4 * ROWS, -1)[:, :1], past_key_values=cache, use_cache=True)
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
         seen = cache.get_seq_length() if cache is not None else 0
-        return 4 * ROWS * (size.per_token + 4 * size.attention * seen)
+        return ROWS * (size.per_token + 4 * size.attention * seen)
 
     return Rates(_rate(read, device), _rate(write, device), _rate(train, device))
 
@@ -82,9 +82,7 @@ def stated(gpu: str, rows: int) -> Rates:
     weight once, 2 bytes, for 2·rows FLOPs of it (the roofline of Williams et al. 2009).
     """
     flops, moved, _ = GPUS[gpu]
-    return Rates(
-        SUSTAINED * flops, SUSTAINED * min(flops, rows * moved), SUSTAINED * flops
-    )
+    return Rates(SUSTAINED * flops, SUSTAINED * min(flops, rows * moved), SUSTAINED * flops)
 
 
 def bfloat16_slowdown(size: int = 256) -> float:

@@ -57,7 +57,7 @@ def sharding(deepspeed: str | None, fsdp: bool) -> str:
 
 
 def kept(weights: int, how: str, processes: int, width: int) -> int:
-    r"""Bytes on each device for weights, gradients and AdamW's two moments; activations come on top.
+    r"""Bytes on each device for weights, gradients and AdamW's moments; activations come on top.
 
         none: 16 Ψ      zero2: w Ψ + (16 − w) Ψ / N      zero3, fsdp: 16 Ψ / N      zero3_offload: 0
 

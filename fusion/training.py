@@ -27,7 +27,6 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from fusion.corpus import Piece, read_blocks
-from fusion.errors import RunError
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
 from fusion.sharding import deepspeed_config

@@ -128,8 +128,9 @@ def processes(raw: Mapping) -> Problems:
     name = machine.get("deepspeed")
     if isinstance(name, str) and name not in DEEPSPEED and not Path(name).is_file():
         known = list(DEEPSPEED)
-        yield "machine.deepspeed", (
-            f"'{name}' is no file and none of {', '.join(known)}{close(name, known)}"
+        yield (
+            "machine.deepspeed",
+            (f"'{name}' is no file and none of {', '.join(known)}{close(name, known)}"),
         )
     if machine.get("fsdp") is True:
         if name:
@@ -347,6 +348,19 @@ def suites(raw: Mapping) -> Problems:
             load_suite(suite)
         except ValueError as error:
             yield f"evaluate.suites[{index}]", str(error)
+    if "response_bits_per_byte" in suites and not _mapping(raw, "corpus").get("heldout"):
+        yield "corpus.heldout", "missing: response_bits_per_byte measures its conversations"
+    judge = _mapping(evaluate, "judge")
+    if isinstance(judge.get("model"), str) and not judge.get("endpoint"):
+        sources = list(map(str, _mapping(raw, "sources")))
+        if judge["model"] not in sources:
+            yield (
+                "evaluate.judge.model",
+                (
+                    f"'{judge['model']}' is no source here ({', '.join(sources)}"
+                    f"{close(judge['model'], sources)}); a judge elsewhere needs an endpoint"
+                ),
+            )
     limit = evaluate.get("limit")
     for suite, count in limit.items() if isinstance(limit, dict) else ():
         if suite not in suites:

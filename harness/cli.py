@@ -82,8 +82,8 @@ def plan(
 ) -> None:
     """Before any compute: what each suite can show, and tokens, FLOPs, time, disk and memory.
 
-    Exit 1 if it cannot fit on this machine, or on each GPU. Models that are not here yet are counted
-    if the recipe says their `parameters`.
+    Exit 1 if it cannot fit on this machine, or on each GPU. Models that are not here yet count if
+    the recipe says their `parameters`.
     """
     from harness.run import foresee
 

@@ -243,7 +243,7 @@ def budget(plan: Plan, step: Step) -> tuple[int, int]:
 def source_lengths(
     plan: Plan, row: str, blocks: Sequence[Sequence[Any]], template: str = "own"
 ) -> list[int]:
-    """Tokens of each block as a source cuts it, conversations by its own template or the pivot's."""
+    """Tokens of each block as a source cuts it; template: as for `corpus.read_piece`."""
     from fusion.corpus import read_piece
     from fusion.models import load_tokenizer
     from harness.build import model_folder

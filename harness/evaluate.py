@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from lm_eval.api.registry import get_aggregation
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
+from fusion.conversations import CHAT, asking
 from fusion.errors import RunError
 from fusion.flops import FlopCounter
 from harness.costs import Meter, counting, flops, gpus, spent_on
+from harness.generation import Generation
 from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
@@ -130,6 +132,7 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
             object_.build_all_requests(samples=chosen[task], rank=0, world_size=1)
         _say_windows(object_)
+        _say_messages(object_)
         items += _items(task, object_.instances)
     return Loaded(suite, tasks, items, totals, manager, data_hashes(data))
 
@@ -140,6 +143,14 @@ def _say_windows(task: Any) -> None:
     rule = {key: metadata[key] for key in ("window", "stride") if key in metadata}
     for instance in task.instances if rule else []:
         instance.arguments = (*instance.args, rule)
+
+
+def _say_messages(task: Any) -> None:
+    """Put a document's conversation in place of its prompt: every row writes it by its template."""
+    for instance in task.instances:
+        if "messages" in instance.doc:
+            turns = [(role, content) for role, content in instance.doc["messages"]]
+            instance.arguments = (asking(turns), *instance.args[1:])
 
 
 def sample(totals: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
@@ -311,6 +322,14 @@ def _ask(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
     kind = items[0].requests[0].request_type
     asked = [[r for r in item.requests for _ in range(_times(r))] for item in items]
     requests = [request for some in asked for request in some]
+    if any(str(r.args[0]).startswith(CHAT) for r in requests) and not getattr(lm, "chats", False):
+        raise RunError(
+            "conversations are put to single models by kfuse's own backend; an ensemble has no "
+            "chat template of its own, and lm-eval's backends are not told of any"
+        )
+    if "turns" in items[0].doc:
+        yield from _talk(lm, items)
+        return
     if kind == "generate_until":
         answers: list[Any] = lm.generate(requests)
     elif kind == "loglikelihood_rolling":
@@ -320,6 +339,23 @@ def _ask(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
     each = iter(answers)
     for item, some in zip(items, asked, strict=True):
         yield item, [next(each) for _ in some]
+
+
+def _talk(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
+    """Conversations of several turns: the model's own answers stand before what is asked next."""
+    said: list[list[Generation]] = [[] for _ in items]
+    for turn in range(max(len(item.doc["turns"]) for item in items)):
+        going = [at for at, item in enumerate(items) if turn < len(item.doc["turns"])]
+        requests = []
+        for at in going:
+            (request,) = items[at].requests
+            messages = [(role, content) for role, content in items[at].doc["messages"]]
+            for answer, asked in zip(said[at], items[at].doc["turns"][1 : turn + 1], strict=True):
+                messages += [("assistant", answer.text), ("user", asked)]
+            requests.append(replace(request, arguments=(asking(messages), *request.args[1:])))
+        for at, answer in zip(going, lm.generate(requests), strict=True):
+            said[at].append(answer)
+    yield from zip(items, said, strict=True)
 
 
 def _times(request: Instance) -> int:

@@ -90,9 +90,11 @@ def sums(found: Forecast) -> str:
     disk = sum(work.disk for work in found.work)
     compute = [w for w in found.work if w.stage in ("capture", "statistics", "train", "evaluate")]
     unknown = sum(work.flops is None for work in compute)
-    time = f"about {duration(seconds)} on {found.where}, by a calibration that is good to a factor of two"
+    good = "by a calibration that is good to a factor of two"
+    time = f"about {duration(seconds)} on {found.where}, {good}"
     if found.stated:
-        time = f"about {seconds / 3600:,.0f} GPU-hours on {found.where}, at {SUSTAINED:.0%} of its data sheet"
+        good = f"at {SUSTAINED:.0%} of its data sheet"
+        time = f"about {seconds / 3600:,.0f} GPU-hours on {found.where}, {good}"
     line = (
         f"in all: {time}; {flops:.1e} FLOPs; {gib(disk)} of {gib(found.disk_free)} GiB that are "
         f"free; memory {gib(found.memory_total)} GiB"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from fusion.corpus import plain, read_documents
+from fusion.corpus import Content, plain, read_documents
 from fusion.errors import RunError
 from harness.hashing import corpus_hash
 from harness.store import write_text
@@ -23,33 +25,54 @@ from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 _PREFIX = "kfuse_heldout_"
 
 
-def heldout_suite(path: str, home: Path) -> tuple[Suite, Path]:
-    """The suite and the folder of its data; RunError if the text cannot be read or is empty."""
+def heldout_suite(path: str, home: Path, name: str = "bits_per_byte") -> tuple[Suite, Path]:
+    """The suite and the folder of its data; RunError if the text cannot be read or is empty.
+
+    name: bits_per_byte, or response_bits_per_byte for what is answered in its conversations.
+    """
+    answered = name == "response_bits_per_byte"
     key = corpus_hash(home, path, "heldout")
-    folder = home / "data" / f"heldout-{key[:8]}"
-    domains: dict[str, list[str]] = {}
+    folder = home / "data" / f"{'responses' if answered else 'heldout'}-{key[:8]}"
+    domains: dict[str, list[dict[str, Any]]] = {}
     for domain, content in read_documents(Path(path).expanduser(), heldout=True):
-        text = plain(content)
-        if text.strip():
-            domains.setdefault(domain, []).append(text)
+        number = len(domains.get(domain, []))
+        found = list(_responses(content, number) if answered else _text(content))
+        if found:
+            domains.setdefault(domain, []).extend(found)
     if not domains:
-        raise RunError(f"corpus.heldout: {path} holds no text")
+        what = "answer in a conversation" if answered else "text"
+        raise RunError(f"corpus.heldout: {path} holds no {what}")
     folder.mkdir(parents=True, exist_ok=True)
     tasks = []
     names = _names(sorted(domains))
-    for domain, name in names.items():
+    for domain, called in names.items():
         lines = [
-            json.dumps({"id": f"{name}:{i}", "text": t}) for i, t in enumerate(domains[domain])
+            json.dumps({"id": f"{called}:{i}", **row}) for i, row in enumerate(domains[domain])
         ]
-        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        write_text(folder / f"{called}.jsonl", "\n".join(lines) + "\n")
         task = {
-            "include": str(DEFINITIONS / "_bits.yaml"),
-            "task": f"{_PREFIX}{name}",
-            "dataset_kwargs": {"dataset": name},
+            "include": str(DEFINITIONS / ("_responses.yaml" if answered else "_bits.yaml")),
+            "task": f"{_PREFIX}{called}",
+            "dataset_kwargs": {"dataset": called},
         }
-        write_text(folder / f"{name}.yaml", yaml.safe_dump(task))
-        tasks.append(Task(f"{_PREFIX}{name}", "bits_per_byte", False, None, domain))
-    return replace(load_suite("bits_per_byte"), tasks=tuple(tasks), datasets=()), folder
+        write_text(folder / f"{called}.yaml", yaml.safe_dump(task))
+        tasks.append(Task(f"{_PREFIX}{called}", "bits_per_byte", False, None, domain))
+    return replace(load_suite(name), tasks=tuple(tasks), datasets=()), folder
+
+
+def _text(content: Content) -> Iterator[dict[str, Any]]:
+    text = plain(content)
+    if text.strip():
+        yield {"text": text}
+
+
+def _responses(content: Content, number: int) -> Iterator[dict[str, Any]]:
+    """Each answer with all that is said before it; a conversation is one cluster."""
+    for at, (role, said) in enumerate(() if isinstance(content, str) else content):
+        if role == "assistant" and said and at:
+            before = [list(message) for message in content[:at]]
+            prompt = str(content[at - 1][1])
+            yield {"prompt": prompt, "messages": before, "answer": said, "cluster": str(number)}
 
 
 def _names(domains: list[str]) -> dict[str, str]:

@@ -188,7 +188,7 @@ def load_suite_data(
     if heldout:
         from harness.heldout import heldout_suite
 
-        given, data = heldout_suite(heldout, home)
+        given, data = heldout_suite(heldout, home, name)
     elif known and known.datasets:
         from harness.assets import prepare_data
 

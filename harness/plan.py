@@ -18,6 +18,7 @@ from fusion.spec import Source, Train
 from harness.assets import PINNED, local_files
 from harness.corpus_steps import packed_corpus, statistics
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
+from harness.judging import judge_key
 from harness.recipe import Recipe
 from harness.rules import mixing
 from harness.steps import (
@@ -32,6 +33,8 @@ from harness.steps import (
 )
 from harness.store import identity
 from tasks.suite import Suite, load_suite
+
+HELDOUT = ("bits_per_byte", "bits_per_byte@fusellm", "response_bits_per_byte")
 
 
 def plan(recipe: Recipe, home: Path) -> Plan:
@@ -317,12 +320,13 @@ def _evaluation(out: Plan, row: str, suite: str) -> None:
         local = Path(recipe.evaluate.data).expanduser()
         read = {str(p): file_hash(out.home, local / p) for p in local_files(known.datasets, local)}
         content |= {"data": read} if read else {}
-    if suite.startswith("bits_per_byte") and recipe.corpus and recipe.corpus.heldout:
+    if suite in HELDOUT and recipe.corpus and recipe.corpus.heldout:
         content["heldout"] = corpus_hash(out.home, recipe.corpus.heldout, "heldout")
     key = identity({"evaluate": content})
     folder = place(out.home, "evaluations", f"{row}-{suite.replace(':', '_')}", key)
     needs = (out.identities[row],)
-    out.add(Step("evaluate", suite, folder, key, content, needs, (row,)))
+    judge = judge_key(out) if known and known.judged else None
+    out.add(Step("evaluate", suite, folder, key, content, needs, (row,), judge=judge))
 
 
 __all__ = [

@@ -6,11 +6,13 @@ protocol hashes every prompt, so that a file of its name can only be right or da
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.conversations import CHAT
 from fusion.errors import RunError
 from harness.plan import Plan, Step
 from harness.progress import say
@@ -78,12 +80,20 @@ def _write(path: Path, loaded: Loaded) -> None:
 def asked(item: Item) -> str:
     """The prompt as the model gets it, and below it the choices that are scored, numbered."""
     if item.requests[0].request_type != "loglikelihood":
-        return item.prompt
-    pairs = [(str(r.args[0]), str(r.args[1])) for r in item.requests]
+        return _said(item.prompt)
+    pairs = [(_said(str(r.args[0])), str(r.args[1])) for r in item.requests]
     if len({context for context, _ in pairs}) > 1:  # each choice has a context of its own
         return "\n".join(f"[{i}] {context}{text}" for i, (context, text) in enumerate(pairs))
     choices = "\n".join(f"[{i}]{text}" for i, (_, text) in enumerate(pairs))
-    return f"{item.prompt}\n\n{choices}"
+    return f"{_said(item.prompt)}\n\n{choices}"
+
+
+def _said(prompt: str) -> str:
+    """A prompt to look at; of a conversation who says what."""
+    if not prompt.startswith(CHAT):
+        return prompt
+    turns = json.loads(prompt.removeprefix(CHAT))
+    return "\n\n".join(f"{role}: {content}" for role, content in turns)
 
 
 def question(item: Item, task: Any) -> str:

@@ -24,17 +24,33 @@ from fusion.mergekit import references as models_of
 from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant, operational
 from harness.checks import (
     budgets,
-    processes,
     close,
     kept,
     methods,
     names,
+    processes,
     references,
     statistics,
     suites,
 )
 
 BUNDLED = Path(__file__).parent / "recipes"
+
+
+class Judge(Section):
+    """The model that grades conversations: behind an endpoint, or a source of the recipe."""
+
+    model: str = Field(description="its name at the endpoint; without one a source of this recipe")
+    endpoint: str | None = Field(
+        None, description="an OpenAI-compatible API, as http://HOST:PORT/v1", pattern=r"^https?://"
+    )
+    key_env: str | None = operational(None, "environment variable that holds the API's key")
+    temperature: float = Field(0.0, description="of the judge", ge=0)
+    max_tokens: int = Field(1024, description="tokens of a verdict at most", ge=1)
+    again: float = Field(
+        0.1, description="share of verdicts that are asked for twice, to see its noise", ge=0, le=1
+    )
+    at_once: int = operational(8, "requests under way together", ge=1)
 
 
 class Evaluate(Section):
@@ -59,6 +75,7 @@ class Evaluate(Section):
     allow_code_execution: bool = Field(
         False, description="let generated programs run in the sandbox"
     )
+    judge: Judge | None = Field(None, description="who grades conversations")
     sandbox: str | None = operational(
         None,
         "namespace, process or container:IMAGE; else KFUSE_SANDBOX, or the strongest that works",

@@ -20,6 +20,7 @@ from fusion.errors import RunError
 from harness.costs import written
 from harness.evaluate import Item, Loaded, metric_name, packs
 from harness.hashing import definition_hash
+from harness.judging import judge, judge_key, reached, sentence
 from harness.plan import Plan, Step
 from harness.progress import bar
 from harness.recipe import Recipe
@@ -53,10 +54,13 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     folder = step.folder
     records = filtered(step, loaded)
     outcomes, sandbox = _execute(plan, loaded, records)
+    judged, judge = _judge(plan, loaded, records)
     rows = [
         row
         for item in loaded.items
-        for row in _scores(loaded, item, records[item.key], outcomes.get(item.key))
+        for row in _scores(
+            loaded, item, records[item.key], outcomes.get(item.key), judged.get(item.key)
+        )
     ]
     frame = pd.DataFrame(rows, columns=SCORE_COLUMNS)
     if frame["counts"].isna().all():  # no metric of a corpus
@@ -73,6 +77,10 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     manifest = _manifest(plan, step, loaded, frame, records)
     if sandbox:
         manifest |= {"sandbox": sandbox, "programs": _programs(records, outcomes)}
+    if judge:
+        manifest["judge"] = judge
+        manifest["notes"] = [*manifest["notes"], sentence(judge)]
+        manifest["health"] |= {key: judge[key] for key in ("unparsed", "order")}
     finish(folder, manifest)
 
 
@@ -90,10 +98,15 @@ def _responses(record: dict, number: int, requests: int) -> list[Any]:
     return [(record["choice_ll"][number], record["choice_greedy"][number])]
 
 
-def _scores(loaded: Loaded, item: Item, record: dict, executed: Any) -> Iterator[dict[str, Any]]:
-    """One row for each metric that lm-eval derives from an item."""
+def _scores(
+    loaded: Loaded, item: Item, record: dict, executed: Any, judged: Any
+) -> Iterator[dict[str, Any]]:
+    """One row for each metric that lm-eval, a judge or the programs' outcomes give an item."""
     task = next(t for t in loaded.suite.tasks if t.name == item.task)
     base = {"task": item.task, "doc_id": item.doc_id, "cluster": record["cluster"]}
+    if judged is not None:
+        yield from (base | row for row in judged)
+        return
     if executed is not None:
         from harness.execution import passes, summarise
 
@@ -275,6 +288,24 @@ def _execute(
     return named, where | {"toolchains": versions}
 
 
+def _judge(
+    plan: Plan, loaded: Loaded, records: Records
+) -> tuple[dict[tuple[str, int], list[dict[str, Any]]], dict[str, Any]]:
+    """A judge's scores by item, and what is to be known of it; no scores where there is none."""
+    kind, section = loaded.suite.judged, plan.recipe.evaluate.judge
+    if not kind:
+        return {}, {}
+    if section is None:
+        metric = "rating" if kind == "rating" else "lc_win_rate"
+        nothing = {"metric": metric, "value": float("nan"), "weight": 1.0, "outcome": "no_judge"}
+        return {i.key: [nothing | {"extracted": None, "counts": None}] for i in loaded.items}, {}
+    asked = [(item.key, item.doc, records[item.key]["generation"]) for item in loaded.items]
+    key, label = judge_key(plan), f"{loaded.suite.name} · verdicts of {section.model}"
+    assert key
+    found = judge(kind, section, key, asked, reached(plan, section), plan.home, label)
+    return found.rows, found.facts
+
+
 def _manifest(
     plan: Plan, step: Step, loaded: Loaded, frame: pd.DataFrame, records: Records
 ) -> dict[str, Any]:
@@ -287,6 +318,7 @@ def _manifest(
         chosen = frame[(frame.task == task.name) & (frame.metric == task.metric)]
         protocol: dict[str, Any] = {"definition": definition, "task": task.name}
         protocol |= {"metric": task.metric, "data": loaded.hashes}
+        protocol |= {"judge": judge_key(plan)} if loaded.suite.judged else {}
         own: dict[str, Any] = {}
         if task.metric in CORPUS_METRICS:
             own["arithmetic"] = CORPUS_METRICS[task.metric].signature()

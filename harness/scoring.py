@@ -24,6 +24,7 @@ from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.registry import get_model, register_model
 from torch import Tensor
 
+from fusion.conversations import CHAT, asked
 from fusion.errors import RunError
 from fusion.models import (
     causal_pattern,
@@ -77,6 +78,8 @@ class SharedPrefixLM(TemplateLM):
     attention, dtype, versions.
     """
 
+    chats = True  # it can be put conversations
+
     def __init__(
         self,
         pretrained: str,
@@ -126,7 +129,12 @@ class SharedPrefixLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids as lm-eval's own transformers backend makes them."""
+        """Token ids as lm-eval's own transformers backend makes them.
+
+        A prompt that is a conversation (`fusion.conversations.asking`) by the model's own template.
+        """
+        if string.startswith(CHAT):
+            return self.tokenizer.encode(asked(self.tokenizer, string), add_special_tokens=False)
         if add_special_tokens is None:
             first = str(self.tokenizer.decode([self.prefix_token_id]))
             doubled = bool(first) and string.startswith(first)
@@ -139,7 +147,14 @@ class SharedPrefixLM(TemplateLM):
         """Context and continuation ids of log-likelihood requests, by lm-eval's rules."""
         out = []
         for context, continuation in (request.args for request in requests):
-            if context == "":
+            if context.startswith(CHAT):
+                before = asked(self.tokenizer, context)
+                read = [
+                    self.tokenizer.encode(text, add_special_tokens=False)
+                    for text in (before, before + continuation)
+                ]
+                out.append((read[0], read[1][len(read[0]) :]))
+            elif context == "":
                 ids = self.tok_encode(continuation, add_special_tokens=False)
                 first = self.prefix_token_id
                 out.append(([first], ids) if ids[0] != first else (ids[:1], ids[1:]))

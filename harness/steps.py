@@ -38,11 +38,13 @@ class Step:
     rows: tuple[str, ...] = ()
     tokens: int = 0
     disk: int = 0
+    judge: str | None = None  # who is to grade the answers, where a suite is judged
 
     @property
     def done(self) -> bool:
-        """Whether the folder is finished."""
-        return read_manifest(self.folder) is not None
+        """Whether the folder is finished, and judged by who is to judge it."""
+        found = read_manifest(self.folder)
+        return found is not None and (found.get("judge") or {}).get("identity") == self.judge
 
     @property
     def started(self) -> bool:

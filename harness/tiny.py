@@ -247,7 +247,7 @@ def make_corpus(home: Path, name: str = "corpus") -> Path:
 
 
 def _conversations() -> Iterator[dict[str, Any]]:
-    """Questions about who does what; every third conversation has a system message, and two turns."""
+    """Who does what; every third conversation has a system message, and two turns."""
     for number, (who, does) in enumerate((who, does) for who in _PEOPLE for does in _DEEDS):
         asked = [("user", f"What does {who} do?"), ("assistant", f"{who.capitalize()} {does}.")]
         if number % 3 == 0:

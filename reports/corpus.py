@@ -1,4 +1,4 @@
-"""Metrics of a whole corpus, which are no mean over items: BLEU.
+"""Metrics of a whole corpus, which are no mean over items: BLEU, length-controlled win rates.
 
 What they need of each item are counts that add up; a score is a function of their sums. So a
 corpus' score, its interval and a paired difference come from the records, without the model.
@@ -30,7 +30,7 @@ class CorpusMetric:
     """A score of a whole corpus, from counts that add up over its items."""
 
     width: int  # K
-    of_item: Callable[[str, str], tuple[list[int], float]]  # what was said, and the reference
+    of_item: Callable[..., tuple[list[int], float]]  # of what was said, and of the reference
     of_sums: Callable[[Array], Array]  # summed counts (B, K) to fractions (B,)
     signature: Callable[[], str]  # names the arithmetic and its version
 
@@ -175,6 +175,58 @@ def _swapped(
     return score(one_nK.sum(axis=0) + moved) - score(other_nK.sum(axis=0) - moved)
 
 
+LENGTHS = 100 * np.sinh(np.linspace(-5, 5, 51))  # how much longer, in characters; middles of bins
+
+
+def win_counts(preferred: float, longer: float) -> tuple[list[int], float]:
+    """An item's counts and its preference, a fraction of half points.
+
+    2 × 51 counts: items, and half points won, by how much longer the answer is than the other's.
+    """
+    at = int(np.abs(LENGTHS - longer).argmin())
+    counts = [0] * (2 * len(LENGTHS))
+    counts[at] = 1
+    counts[len(LENGTHS) + at] = round(2 * preferred)
+    return counts, preferred
+
+
+def lc_win_rate(sums_BK: Array) -> Array:
+    r"""Length-controlled win rate (B,): what the win rate would be for answers of equal length.
+
+        P(win) = σ(θ + φ tanh(Δ / sd(Δ))),   LC = σ(θ)
+
+    θ and φ of largest likelihood, by Newton's method, both held within ±20; Δ is how much longer
+    the answer is. AlpacaEval 2 (2404.04475, section 3). Relative to the paper: without its term for
+    an instruction's difficulty, which was fitted once over its leaderboard's models and is not
+    published as a formula; lengths are taken to the nearest of 51 values.
+    """
+    bins = len(LENGTHS)
+    many, won = sums_BK[:, :bins], sums_BK[:, bins:] / 2
+    total = many.sum(axis=1, keepdims=True)
+    mean = (many * LENGTHS).sum(axis=1, keepdims=True) / total
+    sd = np.sqrt((many * (LENGTHS - mean) ** 2).sum(axis=1, keepdims=True) / total)
+    z = np.tanh(LENGTHS / np.where(sd > 0, sd, np.inf))
+    theta, phi = np.zeros_like(total), np.zeros_like(total)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-np.clip(theta + phi * z, -40, 40)))
+        off, spread = won - many * p, many * p * (1 - p) + 1e-9 * many
+        g0, g1 = off.sum(1, keepdims=True), (off * z).sum(1, keepdims=True)
+        h00, h01 = spread.sum(1, keepdims=True), (spread * z).sum(1, keepdims=True)
+        h11 = (spread * z**2).sum(1, keepdims=True) + 1e-9
+        det = h00 * h11 - h01**2
+        det = np.where(det > 1e-12, det, np.inf)
+        step0, step1 = (h11 * g0 - h01 * g1) / det, (h00 * g1 - h01 * g0) / det
+        # Without lengths that differ only θ is left.
+        alone = ~np.isfinite(det)
+        step0 = np.where(alone, g0 / h00, step0)
+        theta = np.clip(theta + np.clip(step0, -2, 2), -20, 20)
+        phi = np.clip(phi + np.clip(step1, -2, 2), -20, 20)
+    return np.asarray((1 / (1 + np.exp(-theta)))[:, 0])
+
+
 CORPUS_METRICS: dict[str, CorpusMetric] = {
     "bleu": CorpusMetric(2 + 2 * ORDERS, bleu_counts, bleu, bleu_signature),
+    "lc_win_rate": CorpusMetric(
+        2 * len(LENGTHS), win_counts, lc_win_rate, lambda: "logistic in tanh(length), 51 lengths"
+    ),
 }

@@ -150,6 +150,8 @@ def terminal(report: Report) -> RenderableType:
 FAILURES = {
     "truncated": "cut at the token limit",
     "unextracted": "no answer found",
+    "unparsed": "verdict not readable",
+    "order": "verdict turned by the order of answers",
     "tie": "best choices equal",
     "infra": "not judged",
 }

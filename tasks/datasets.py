@@ -336,6 +336,22 @@ _OPEN: dict[str, Dataset] = {
         render=open_questions.lambada,
         hub=("EleutherAI/lambada_openai", "default", "test"),
     ),
+    "mt_bench": Dataset(
+        rows=80,
+        licence="Apache-2.0",
+        files=("mt_bench/question.jsonl", "mt_bench/reference_answer/gpt-4.jsonl"),
+        parse=open_questions.mt_bench_rows,
+        render=open_questions.mt_bench,
+        hub=("HuggingFaceH4/mt_bench_prompts", "default", "train"),
+    ),
+    "alpaca_eval": Dataset(
+        rows=805,
+        licence="CC BY-NC 4.0",
+        files=("alpaca_eval/alpaca_eval_gpt4_baseline.json.gz",),
+        parse=open_questions.alpaca_eval_rows,
+        render=open_questions.alpaca_eval,
+        hub=("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline", "eval"),
+    ),
     "iwslt2017": Dataset(
         rows=1138,
         licence="CC BY-NC-ND 3.0",

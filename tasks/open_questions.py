@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any
 
-from tasks.questions import Document, Row
+from tasks.questions import Document, Row, json_rows
 
 BOOKS = (
     "atkins",
@@ -47,6 +47,50 @@ def triviaqa(rows: Iterable[Row]) -> Iterator[Document]:
         gold = list(dict.fromkeys(row["answer"]["normalized_aliases"]))
         prompt = f"Question: {row['question']}?\nAnswer:"
         yield {"id": name, "prompt": prompt, "gold": _some(name, gold), "cluster": name}
+
+
+def mt_bench(rows: Iterable[Row]) -> Iterator[Document]:
+    """MT-Bench in the hub's columns: prompt (its turns), reference (right answers), category."""
+    for row in rows:
+        turns, right = list(row["prompt"]), list(row.get("reference") or [])
+        yield _talk(str(row["prompt_id"]), turns, right) | {"category": row["category"]}
+
+
+def mt_bench_rows(questions: bytes, answers: bytes) -> Iterator[Row]:
+    """Rows of the authors' two files: the questions, and right answers to some of them."""
+    right = {row["question_id"]: row["choices"][0]["turns"] for row in json_rows(answers)}
+    for row in json_rows(questions):
+        number = row["question_id"]
+        yield {
+            "prompt_id": number,
+            "category": row["category"],
+            "prompt": row["turns"],
+            "reference": right.get(number, []),
+        }
+
+
+def alpaca_eval(rows: Iterable[Row]) -> Iterator[Document]:
+    """AlpacaEval with the answers that others are held against."""
+    for number, row in enumerate(rows):
+        talk = _talk(str(number), [row["instruction"]], [row["output"]])
+        yield talk | {"category": row["dataset"]}
+
+
+def alpaca_eval_rows(raw: bytes) -> list[Row]:
+    """Rows of the file with the answers: one list."""
+    rows: list[Row] = json.loads(raw)
+    return rows
+
+
+def _talk(name: str, turns: list[str], right: list[str]) -> Document:
+    return {
+        "id": name,
+        "prompt": turns[0],
+        "messages": [["user", turns[0]]],
+        "turns": turns,
+        "reference": right,
+        "cluster": name,
+    }
 
 
 def drop(rows: Iterable[Row]) -> Iterator[Document]:

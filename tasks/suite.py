@@ -52,6 +52,7 @@ class Suite:
     tasks: tuple[Task, ...]
     rule: Literal["macro", "apart"] = "macro"
     executes_code: bool = False
+    judged: Literal["", "rating", "preference"] = ""  # by another model: alone, or beside another
     datasets: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     reference: str = ""  # the paper whose column it mirrors

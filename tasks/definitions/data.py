@@ -23,6 +23,11 @@ def questions(dataset: str, data_dir: str | None = None, **_: Any) -> dict[str, 
     return _split(documents(dataset, data_dir))
 
 
+def category(dataset: str, category: str, data_dir: str | None = None, **_: Any) -> dict[str, Any]:
+    """The documents of `questions` that are of one category."""
+    return _split([d for d in documents(dataset, data_dir) if d["category"] == category])
+
+
 def documents(dataset: str, data_dir: str | None = None) -> list[dict[str, Any]]:
     """The documents in `<data_dir>/<dataset>.jsonl`.
 

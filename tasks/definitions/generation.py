@@ -25,6 +25,13 @@ _NUMBER = re.compile(
 )
 
 
+def response_bits(
+    doc: dict[str, Any], results: Sequence[tuple[float, bool]]
+) -> dict[str, tuple[float, int]]:
+    """An answer's log-likelihood and its bytes."""
+    return {"bits_per_byte": (results[0][0], len(doc["answer"].encode()))}
+
+
 def triviaqa(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Whether the answer is one of the aliases, both as TriviaQA's authors normalise them.
 

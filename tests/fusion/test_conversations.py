@@ -23,14 +23,22 @@ from fusion.conversations import (
     read,
     shared_text,
 )
-from fusion.corpus import Piece, _conversation, pack, read_blocks, read_documents, read_piece, write_blocks
+from fusion.corpus import (
+    Piece,
+    _conversation,
+    pack,
+    read_blocks,
+    read_documents,
+    read_piece,
+    write_blocks,
+)
 from fusion.distributions import predict
 from fusion.errors import RunError
 from fusion.measures import bits_per_byte, chunks
 from fusion.models import load_model, load_tokenizer
+from fusion.spec import Fuse
 from fusion.targets import _chunked
 from fusion.training import Blocks
-from fusion.spec import Fuse
 from fusion.vocabulary import build, count_pairs
 
 
@@ -240,7 +248,9 @@ def test_only_answers_carry_loss_and_targets(
     assert row["labels"][row["label_weights"] > 0].tolist() == told.tolist()
     assert row["label_weights"].sum() == pytest.approx(1)
     rows = predict(load_model(tiny["gemma"]), source, block, 4)
-    assert len(rows.ids) == len(rows.ends) == sum((read_piece(source, p)[1] >= 0).sum() for p in block)
+    assert (
+        len(rows.ids) == len(rows.ends) == sum((read_piece(source, p)[1] >= 0).sum() for p in block)
+    )
     counted = sum(learned(read_piece(source, p)[1]).sum() for p in block)
     assert (~np.isnan(rows.gold_logprob)).sum() == counted
     pairs = boundary_pairs(rows, block)

@@ -259,6 +259,21 @@ def test_the_published_codes_fusion_trains(
     assert all(float(row["coverage"]) == 1 for row in log)  # one-hot wherever nothing aligns
 
 
+@pytest.mark.parametrize("name", ["zero3_offload", "fsdp"])
+def test_ways_to_share_a_model_give_the_loss_of_one_process(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, name: str
+) -> None:
+    from harness.launching import launch
+
+    shared = {"fsdp": True} if name == "fsdp" else {"deepspeed": name}
+    job(prepared, tmp_path / "two", **shared)
+    launch(tmp_path / "two" / "job.json", 2)
+    for one, two in zip(rows(unbroken), rows(tmp_path / "two"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
+    for key, expected in weights(unbroken).items():
+        torch.testing.assert_close(weights(tmp_path / "two")[key], expected, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_processes_give_the_loss_of_one(
     prepared: dict[str, Any], unbroken: Path, tmp_path: Path, stage: int

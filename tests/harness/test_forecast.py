@@ -127,9 +127,7 @@ def test_a_budgeted_row_takes_what_the_other_and_its_sources_take(
     assert [w.flops for w in again.work if w.name == "clm"] == [work(found, "train", "clm").flops]
 
 
-def test_processes_on_a_cpu_share_one_memory(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_on_a_cpu_share_one_memory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = TEXT + "machine: {device: cpu, processes: 4}\n"
     memory = []
     monkeypatch.setattr(module, "_rates", lambda *_: {})

@@ -59,7 +59,7 @@ def test_a_training_corpus_keeps_its_domains(folder: Path) -> None:
 
 def test_a_folder_without_text_says_which_key_names_it(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
-    with pytest.raises(RunError, match=r"corpus.heldout: .*own holds no .jsonl or .txt"):
+    with pytest.raises(RunError, match=r"corpus.heldout: .*own holds no .jsonl, .json or .txt"):
         heldout_suite(str(tmp_path / "own"), tmp_path)
     (tmp_path / "own/bad.jsonl").write_text('{"texts": 1}')
     with pytest.raises(RunError, match=r"bad.jsonl:1: a line must be an object with a 'text'"):
