@@ -303,6 +303,11 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
     assert train
     content = step.content
     assert plan.recipe.corpus
+    if machine.fsdp and device(plan) == "cpu":
+        raise RunError(
+            "machine.fsdp: PyTorch's sharding through accelerate needs GPUs, and here is none; "
+            "`deepspeed: zero3` shares a model between processes on a CPU, too"
+        )
     steps, flops = budget(plan, step) if train.budget else (None, None)
     sources = []
     for index, row in enumerate(train.fuse.sources if train.fuse else ()):

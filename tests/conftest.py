@@ -22,6 +22,15 @@ settings.load_profile("kfuse")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# These take longest; begun last, they would run alone.
+LONG = ("test_pipeline.py", "test_training.py", "test_interrupts.py", "test_shards.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     connect = socket.socket.connect

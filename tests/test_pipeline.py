@@ -298,3 +298,42 @@ def test_models_of_one_tokenizer_share_its_maps(tiny: dict[str, Path], tmp_path:
             made.write_bytes(b"made once")
     contents = [m.read_bytes() for m in home.glob("distributions/map-*/map.npz")]
     assert contents == [b"made once"] * 2
+
+
+TALK = """
+sources: {llama: {path: "tiny:llama"}, gemma: {path: "tiny:gemma"}, neox: {path: "tiny:neox"}}
+corpus: {path: "tiny:conversations", blocks: 128, tokens: 640, heldout: HELDOUT}
+variants:
+  sft: {train: {init: llama, batch_blocks: 2, learning_rate: 1e-3}}
+  own:
+    train:
+      {init: llama, batch_blocks: 2, learning_rate: 1e-3,
+       fuse: {sources: [llama, gemma], function: min_ce, clm_weight: 0.5}}
+  pivot:
+    train:
+      {init: llama, batch_blocks: 2, learning_rate: 1e-3,
+       fuse: {sources: [gemma, neox], function: avg_ce, clm_weight: 0.5, template: pivot,
+              alignment: dtw, vocabulary: statistics}}
+  merged: {merge: {inputs: [own, pivot], base: llama, method: sce}}
+evaluate: {suites: [response_bits_per_byte, tiny_talk]}
+reference: sft
+"""
+
+
+def test_conversations_from_recipe_to_report(tmp_path: Path) -> None:
+    from harness.tiny import make_corpus
+
+    held = make_corpus(tmp_path / "held", "conversations")
+    recipe = tmp_path / "talk.yaml"
+    recipe.write_text(TALK.replace("HELDOUT", str(held)))
+    done = here("run", str(recipe), home=tmp_path / "home")
+    assert done.returncode == 1
+    assert "neox/response_bits_per_byte: not measured" in done.stderr
+    assert "has no chat template" in done.stderr
+    (report,) = (tmp_path / "home" / "reports").glob("*/report.csv")
+    rows = pd.read_csv(report)
+    whole = (rows.suite == "response_bits_per_byte") & rows.task.isna()
+    bits = rows[whole].set_index("row").score
+    assert bits[["llama", "gemma", "sft", "own", "pivot", "merged"]].between(1, 3).all()
+    assert bits["sft"] < bits["llama"]
+    assert "no judge" in (report.parent / "report.md").read_text()

@@ -259,15 +259,45 @@ def test_the_published_codes_fusion_trains(
     assert all(float(row["coverage"]) == 1 for row in log)  # one-hot wherever nothing aligns
 
 
+# accelerate shards by FSDP on accelerators only; told that these are some, it does on CPUs, too.
+FSDP_ON_CPUS = """
+import accelerate.state as state
+from torch.distributed.tensor import DTensor
+import fusion.training as training
+begin, loss = state.PartialState.__init__, training.FusionTrainer.compute_loss
+def told(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    if self.distributed_type == state.DistributedType.MULTI_CPU:
+        self.distributed_type = state.DistributedType.MULTI_GPU
+def spoken(self, model, *args, **kwargs):
+    if self.state.global_step == 0:
+        pieces = all(isinstance(p, DTensor) for p in model.parameters())
+        print("in pieces:", pieces, flush=True)
+    return loss(self, model, *args, **kwargs)
+state.PartialState.__init__, training.FusionTrainer.compute_loss = told, spoken
+training.main()
+"""
+
+
 @pytest.mark.parametrize("name", ["zero3_offload", "fsdp"])
 def test_ways_to_share_a_model_give_the_loss_of_one_process(
     prepared: dict[str, Any], unbroken: Path, tmp_path: Path, name: str
 ) -> None:
-    from harness.launching import launch
-
     shared = {"fsdp": True} if name == "fsdp" else {"deepspeed": name}
     job(prepared, tmp_path / "two", **shared)
-    launch(tmp_path / "two" / "job.json", 2)
+    script = tmp_path / "script.py"
+    script.write_text(
+        FSDP_ON_CPUS if name == "fsdp" else "from fusion.training import main; main()"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "two" / "job.json")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert name != "fsdp" or done.stdout.count("in pieces: True") == 2
     for one, two in zip(rows(unbroken), rows(tmp_path / "two"), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
     for key, expected in weights(unbroken).items():
