@@ -346,11 +346,9 @@ def local(plan: Plan, row: str) -> Ask:
     assert section
 
     def ask(prompt: str, number: int) -> tuple[str, int]:
-        from lm_eval.api.instance import Instance
-
         from fusion.conversations import asking
         from harness.build import device, model_folder
-        from harness.scoring import SharedPrefixLM
+        from harness.scoring import Instance, SharedPrefixLM
 
         if not models:
             folder = model_folder(plan, row)

@@ -99,7 +99,7 @@ def _responses(record: dict, number: int, requests: int) -> list[Any]:
 
 
 def _scores(
-    loaded: Loaded, item: Item, record: dict, executed: Any, judged: Any
+    loaded: Loaded, item: Item, record: dict, executed: Any, judged: Any = None
 ) -> Iterator[dict[str, Any]]:
     """One row for each metric that lm-eval, a judge or the programs' outcomes give an item."""
     task = next(t for t in loaded.suite.tasks if t.name == item.task)

@@ -157,6 +157,13 @@ FAILURES = {
 }
 
 
+def kinds(report: Report) -> dict[str, str]:
+    """FAILURES by what they are called, those of judges only where a judge was asked."""
+    seen = {kind for cell in report.cells.values() for kind, _ in cell.health}
+    judged = {"unparsed", "order"}
+    return {kind: words for kind, words in FAILURES.items() if kind not in judged - seen}
+
+
 def health(report: Report) -> list[str]:
     """Markdown lines that count what went otherwise than meant, by row and suite; none if nothing.
 
@@ -167,10 +174,11 @@ def health(report: Report) -> list[str]:
     if not found:
         return []
     lines = ["", "## Items that did not go as meant", ""]
-    lines.append(f"| row | suite | items | {' | '.join(FAILURES.values())} |")
-    lines.append("|" + " --- |" * (3 + len(FAILURES)))
+    shown_kinds = kinds(report)
+    lines.append(f"| row | suite | items | {' | '.join(shown_kinds.values())} |")
+    lines.append("|" + " --- |" * (3 + len(shown_kinds)))
     for cell, counts in found:
-        shown = " | ".join(str(counts.get(kind, "–")) for kind in FAILURES)
+        shown = " | ".join(str(counts.get(kind, "–")) for kind in shown_kinds)
         lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {cell.n} | {shown} |")
     return lines
 

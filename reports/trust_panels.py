@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reports.calibration import Verdict, calibrate
 from reports.cells import Cell, Report
-from reports.formats import FAILURES, passes_text
+from reports.formats import kinds, passes_text
 from reports.panels import MISSING, Draw, Panel, Table, Value, count, words
 from reports.text import interval, signed
 
@@ -115,12 +115,13 @@ def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[
 def health(report: Report) -> Panel | None:
     """How many items went otherwise than meant, by row and suite; a dash where nobody counted."""
     lines = []
+    shown = kinds(report)
     for cell in report.cells.values():
         counts = dict(cell.health)
         if not counts:
             continue
         line = [words(cell.row), words(cell.suite), _items(cell)]
-        for kind in FAILURES:
+        for kind in shown:
             found = counts.get(kind)
             if found is None:
                 line.append(MISSING)
@@ -135,7 +136,7 @@ def health(report: Report) -> Panel | None:
         "An item may count in two columns. Only what could not be judged is left out of a score; "
         "the rest counts as it was answered.",
     )
-    head = ["row", "suite", "items", *FAILURES.values()]
+    head = ["row", "suite", "items", *shown.values()]
     table = Table("Items that did not go as meant", head, tuple(lines))
     return Panel("Health", text, tables=(table,))
 

@@ -12,6 +12,5 @@ SUITE = Suite(
     name="response_bits_per_byte",
     title="Response bits per byte",
     tasks=(Task("kfuse_responses", "bits_per_byte", False, None, "conversations"),),
-    datasets=("responses",),
     reference="bits per byte, 2101.00027 section 3.1",
 )

@@ -62,5 +62,5 @@ def test_a_folder_without_text_says_which_key_names_it(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"corpus.heldout: .*own holds no .jsonl, .json or .txt"):
         heldout_suite(str(tmp_path / "own"), tmp_path)
     (tmp_path / "own/bad.jsonl").write_text('{"texts": 1}')
-    with pytest.raises(RunError, match=r"bad.jsonl:1: a line must be an object with a 'text'"):
+    with pytest.raises(RunError, match=r"bad.jsonl:1: an entry must be an object with a 'text'"):
         load_suite_data("bits_per_byte", tmp_path, None, 0, str(tmp_path / "own"), None)
