@@ -190,11 +190,12 @@ def read(
         start = len(text.encode())
         spans.append((start, start + len(answer.encode())))
         text += answer + part
-    if not whole:
+    unclosed = whole and not parts[-1].strip() and tokenizer.eos_token_id is not None
+    if unclosed or not whole:
         text = text[: len(text) - len(parts[-1])]
     tokens = tokenize(tokenizer, text)
     ids, raw = [*front, *tokens.ids.tolist()], [*([0] * len(front)), *tokens.ends.tolist()]
-    if whole and not parts[-1].strip() and tokenizer.eos_token_id is not None:
+    if unclosed:
         ids, raw = [*ids, tokenizer.eos_token_id], [*raw, len(text.encode()) + 1]
     reached = np.array(raw, dtype=np.int64)
     ends = np.full(len(ids), -1, dtype=np.int64)

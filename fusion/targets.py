@@ -6,12 +6,13 @@ Shapes: T target positions, K kept entries, M sources, C chunks of text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from fusion.aligned import Aligned, dtw_pairs
 from fusion.codec import Distribution
-from fusion.corpus import Piece
+from fusion.corpus import Piece, read_blocks
 from fusion.distributions import Online, Store, open_store
 from fusion.functions import fused_block, softmax
 from fusion.measures import bits_per_byte, chunks
@@ -65,16 +66,18 @@ class FusedTargets:
         return _padded(fused, labelled)
 
 
-def won(stores: Sequence[Store], blocks: Sequence[Sequence[Piece]]) -> list[int]:
+def won(rows: Sequence[str], stores: Sequence[str], corpus: str) -> dict[str, int]:
     """How many blocks each source predicts best, in bits per byte; a tie goes to the earlier.
 
-    This is whom MinCE takes (FuseLLM 2401.10491, section 3.3), whatever the function in use.
+    rows: names of the sources; stores, corpus: where they and the blocks lie. This is whom MinCE
+    takes (FuseLLM 2401.10491, section 3.3), whatever the function in use.
     """
+    opened, blocks = [open_store(store) for store in stores], read_blocks(Path(corpus))
     best = [
-        int(bits_per_byte([store.read(number, block) for store in stores], block).argmin())
+        int(bits_per_byte([store.read(number, block) for store in opened], block).argmin())
         for number, block in enumerate(blocks)
     ]
-    return np.bincount(best, minlength=len(stores)).tolist()
+    return dict(zip(rows, np.bincount(best, minlength=len(opened)).tolist(), strict=True))
 
 
 def _padded(fused: Aligned, labelled: np.ndarray) -> dict[str, np.ndarray]:

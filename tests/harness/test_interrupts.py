@@ -35,9 +35,9 @@ def contents(step: Step) -> dict[str, bytes]:
 
 @pytest.fixture
 def recipe(tiny: dict[str, Path], tmp_path: Path) -> Path:
-    """Texts for sixteen packs."""
+    """Texts for sixteen packs, long enough that a signal finds them at work."""
     text = tmp_path / "own.jsonl"
-    rows = [{"domain": "law", "text": f"{i} men went home"} for i in range(1000)]
+    rows = [{"domain": "law", "text": f"{i} men went home. " * 12} for i in range(1000)]
     text.write_text("\n".join(map(json.dumps, rows)))
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""

@@ -14,8 +14,8 @@ import pytest
 
 from fusion.errors import RecipeError, RunError
 from harness import judging
+from harness.asking import _talk
 from harness.build import build
-from harness.evaluate import _talk
 from harness.judging import (
     endpoint,
     judge,
@@ -328,7 +328,12 @@ def test_a_judge_is_a_source_or_has_an_endpoint() -> None:
     with pytest.raises(RecipeError, match="evaluate.judge.endpoint"):
         parse(TEXT, "r", ["evaluate.judge={model: j, endpoint: nowhere}"])
     assert judging.judge_key(planned_key()) is None
+    one, more, other = (
+        judging.judge_key(planned_key(f"evaluate.judge={{endpoint: 'http://x/v1', model: {said}}}"))
+        for said in ("j", "j, again: 0.5, at_once: 2", "k")
+    )
+    assert one == more != other
 
 
-def planned_key() -> Plan:
-    return Plan(parse(TEXT, "r"), Path())
+def planned_key(*overrides: str) -> Plan:
+    return Plan(parse(TEXT, "r", overrides), Path())
