@@ -35,9 +35,9 @@ def contents(step: Step) -> dict[str, bytes]:
 
 @pytest.fixture
 def recipe(tiny: dict[str, Path], tmp_path: Path) -> Path:
-    """Texts for sixteen packs, long enough that a signal finds them at work."""
+    """Texts for sixteen packs."""
     text = tmp_path / "own.jsonl"
-    rows = [{"domain": "law", "text": f"{i} men went home. " * 12} for i in range(1000)]
+    rows = [{"domain": "law", "text": f"{i} men went home"} for i in range(1000)]
     text.write_text("\n".join(map(json.dumps, rows)))
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
@@ -55,7 +55,13 @@ def started(recipe: Path, home: Path) -> subprocess.Popen[str]:
     environment = os.environ | {"KFUSE_HOME": str(home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "harness.cli", "evaluate", str(recipe)]
     return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
