@@ -268,8 +268,9 @@ def _conversation(
     assert parts
     ids, ends = read(tokenizer, parts, answers(kept), whole)
     end = end_of_turn(tokenizer, parts)
-    bos = str(tokenizer.bos_token or "")
-    lent = [parts[0].removeprefix(bos), *parts[1:]]  # a reader that wants BOS has its own
+    # A reader that wants BOS has its own.
+    bos = str(tokenizer.bos_token) if begins_with_bos(tokenizer) else ""
+    lent = [parts[0].removeprefix(bos), *parts[1:]]
     text = shared_text(kept) if whole else shared_text(kept).removesuffix(SEPARATOR)
     return Piece(document, domain, text, whole, ids, ends, tuple(kept), tuple(lent), end)
 

@@ -136,6 +136,16 @@ def test_a_source_may_read_the_pivots_template(tokenizers: dict[str, Any]) -> No
     assert (again.tolist(), places.tolist()) == (piece.ids.tolist(), piece.ends.tolist())
 
 
+def test_a_bos_that_only_the_template_writes_stays_in_it(tiny: dict[str, Path]) -> None:
+    """SmolLM2's BOS is what opens each of its turns."""
+    tokenizer = load_tokenizer(tiny["llama"])
+    tokenizer.bos_token = "<|end|>"
+    tokenizer.chat_template = "<|end|>" + str(tokenizer.chat_template)
+    (piece,) = packed(tokenizer, talk("Q", "A"))
+    again, ends = read_piece(tokenizer, piece, "pivot")
+    assert (again.tolist(), ends.tolist()) == (piece.ids.tolist(), piece.ends.tolist())
+
+
 def test_a_tokenizer_without_a_template_says_what_to_do(tokenizers: dict[str, Any]) -> None:
     (piece,) = packed(tokenizers["llama"], talk("Q", "A"))
     with pytest.raises(RunError, match="template: pivot"):
