@@ -150,6 +150,8 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
         reason = f"not measured: no item was scored in {names}"
         if _outcomes(frame, "infra"):
             reason += " (infrastructure: this machine could not judge them)"
+        if _outcomes(frame, "unparsed"):
+            reason += " (its judge gave no verdict that could be read)"
         if _outcomes(frame, "no_judge"):
             reason = "not measured: no judge; name one as `evaluate.judge`, the answers are kept"
         return replace(cell, reason=reason)
