@@ -120,11 +120,26 @@ def _reach(name: str, needs: Mapping[str, Sequence[str]]) -> set[str]:
     return found
 
 
+def _counts(*values: Any) -> bool:
+    return all(isinstance(value, int) and value > 0 for value in values)
+
+
 def processes(raw: Mapping) -> Problems:
     """How processes share the model that they train."""
     from fusion.sharding import DEEPSPEED
+    from fusion.spec import Train
 
     machine = _mapping(raw, "machine")
+    count, most = machine.get("processes", 1), Train.model_fields["batch_blocks"].default
+    for variant, kind, section in _variants(raw):
+        blocks = section.get("batch_blocks", most)
+        if kind == "train" and _counts(count, blocks) and blocks % count:
+            allowed = ", ".join(str(n) for n in range(1, blocks + 1) if blocks % n == 0)
+            yield (
+                "machine.processes",
+                f"{count} cannot share evenly the {blocks} blocks of an optimizer step "
+                f"(variants.{variant}.train.batch_blocks); allowed: {allowed}",
+            )
     name = machine.get("deepspeed")
     if isinstance(name, str) and name not in DEEPSPEED and not Path(name).is_file():
         known = list(DEEPSPEED)

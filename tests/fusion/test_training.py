@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import sparse
+from transformers import TrainerState
 
 from fusion.corpus import pack, read_blocks, read_documents, write_blocks
 from fusion.distributions import capture
+from fusion.errors import RunError
 from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
 from fusion.training import Blocks, last_checkpoint, train
@@ -159,6 +161,39 @@ def test_rows_that_train_together_give_the_loss_of_rows_alone(
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["kl", "alm"])
+def test_a_last_step_of_fewer_blocks_is_their_mean_however_they_are_shared_out(
+    prepared: dict[str, Any], tmp_path: Path, objective: str
+) -> None:
+    """16 blocks, six a step: of the last step's four each counts a quarter, in rows of one to four.
+
+    Rows of four: six is no multiple, so three are taken.
+    """
+    logs = []
+    for micro in (1, 2, 4):
+        made = job(prepared, tmp_path / str(micro), micro_batch=micro)
+        made |= {"fuse": made["fuse"] | {"objective": objective}}
+        train(made | {"train": TRAIN | {"batch_blocks": 6, "learning_rate": 1e-9}})
+        logs.append(rows(tmp_path / str(micro)))
+    alone = job(prepared, tmp_path / "alone") | {"fuse": made["fuse"]}
+    train(alone | {"train": TRAIN | {"batch_blocks": 1, "learning_rate": 1e-9}})
+    each = [float(row["loss"]) for row in rows(tmp_path / "alone")]
+    for log in logs:
+        assert [int(row["step"]) for row in log] == [1, 2, 3]
+        for row, blocks in zip(log, (each[:6], each[6:12], each[12:]), strict=True):
+            assert float(row["loss"]) == pytest.approx(sum(blocks) / len(blocks), rel=1e-5)
+        assert [row["tokens"] for row in log] == [row["tokens"] for row in logs[0]]
+        assert [row["coverage"] for row in log] == [row["coverage"] for row in logs[0]]
+
+
+def test_processes_that_cannot_share_a_step_evenly_are_refused(
+    prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RunError, match="3 processes cannot share the 2 blocks of an optimizer"):
+        train(job(prepared, tmp_path / "three"))
+
+
 def test_activation_checkpointing_changes_nothing(
     prepared: dict[str, Any], unbroken: Path, tmp_path: Path
 ) -> None:
@@ -279,29 +314,83 @@ training.main()
 """
 
 
+def in_two_processes(out: Path, script: str, **environment: str) -> str:
+    """Run a script on the job in a folder in two processes; what they printed."""
+    path = out / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(path), str(out / "job.json")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+ALIKE = "from fusion.training import main; main()"
+
+
 @pytest.mark.parametrize("name", ["zero3_offload", "fsdp"])
 def test_ways_to_share_a_model_give_the_loss_of_one_process(
     prepared: dict[str, Any], unbroken: Path, tmp_path: Path, name: str
 ) -> None:
     shared = {"fsdp": True} if name == "fsdp" else {"deepspeed": name}
     job(prepared, tmp_path / "two", **shared)
-    script = tmp_path / "script.py"
-    script.write_text(
-        FSDP_ON_CPUS if name == "fsdp" else "from fusion.training import main; main()"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "two" / "job.json")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert name != "fsdp" or done.stdout.count("in pieces: True") == 2
+    said = in_two_processes(tmp_path / "two", FSDP_ON_CPUS if name == "fsdp" else ALIKE)
+    assert name != "fsdp" or said.count("in pieces: True") == 2
     for one, two in zip(rows(unbroken), rows(tmp_path / "two"), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
     for key, expected in weights(unbroken).items():
         torch.testing.assert_close(weights(tmp_path / "two")[key], expected, atol=2e-4, rtol=1e-3)
+
+
+# All leave once the checkpoint of a step is written.
+LEAVING = """
+import os
+import torch.distributed as dist
+import fusion.training as leaving
+save = leaving.FusionTrainer._save_checkpoint
+def left(self, *args):
+    save(self, *args)
+    if self.state.global_step == int(os.environ["LEAVE_AFTER"]):
+        dist.barrier()
+        os._exit(0)
+leaving.FusionTrainer._save_checkpoint = left
+"""
+
+
+@pytest.mark.timeout(900)  # six times torch's and DeepSpeed's imports
+def test_any_way_to_share_a_model_goes_on_where_another_was_interrupted(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process, then two by each way, then one again: every way writes and reads."""
+    out = tmp_path / "passed on"
+
+    save = TrainerState.save_to_json
+
+    def left(*args: Any) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainerState, "save_to_json", left)
+        with pytest.raises(KeyboardInterrupt):
+            train(job(prepared, out, checkpoint_every=1))
+    for after, name in enumerate(("none", "zero2", "zero3_offload", "fsdp"), 2):
+        shared = {"fsdp": True} if name == "fsdp" else {}
+        shared = {"deepspeed": name} if name.startswith("zero") else shared
+        job(prepared, out, checkpoint_every=1, **shared)
+        script = LEAVING + (FSDP_ON_CPUS if name == "fsdp" else ALIKE)
+        in_two_processes(out, script, LEAVE_AFTER=str(after))
+        assert [path.name for path in out.glob("checkpoints/*")] == [f"checkpoint-{after}"], name
+    assert train(job(prepared, out))["resumed_from"] == after
+    for one, other in zip(rows(unbroken), rows(out), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=2e-6)
+        assert one["learning_rate"] == other["learning_rate"]
+    for key, expected in weights(unbroken).items():
+        torch.testing.assert_close(weights(out)[key], expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -331,7 +420,9 @@ def test_two_processes_give_the_loss_of_one(
     launch(out / "job.json", 2)
     for one, two in zip(rows(unbroken), rows(out), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
-        assert one["learning_rate"] == two["learning_rate"]
+        assert (one["learning_rate"], one["tokens"]) == (two["learning_rate"], two["tokens"])
+        assert float(one["clm"]) == pytest.approx(float(two["clm"]), rel=2e-6)
+        assert one["coverage"] == two["coverage"]
     for name, expected in weights(unbroken).items():
         # Adam divides by small square roots, so rounding of the summed gradients shows here.
         torch.testing.assert_close(weights(out)[name], expected, atol=2e-4, rtol=1e-3)
