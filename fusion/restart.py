@@ -44,6 +44,7 @@ def write(folder: Path, model: nn.Module, optimizer: Any, writes: bool) -> None:
 
     optimizer: PyTorch's AdamW, or DeepSpeed's around it.
     """
+    _link(optimizer)
     parameters = trained(model)
     entries: dict[str, Entry] = {}
     for name, parameter in parameters.items():
@@ -62,6 +63,15 @@ def write(folder: Path, model: nn.Module, optimizer: Any, writes: bool) -> None:
     else:
         for _ in gathered(sorted(entries)):
             pass
+
+
+def holds(folder: Path) -> bool:
+    """Whether a checkpoint is in this form, and whole as far as its file says."""
+    try:
+        with safe_open(folder / FILE, framework="pt") as file:
+            return any(name.startswith(f"{WEIGHT}.") for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def _whole(parameter: nn.Parameter, part: str, optimizer: Any) -> Tensor:
@@ -108,8 +118,7 @@ def read_moments(folder: Path, model: nn.Module, optimizer: Any, step: int) -> N
     base = _base(optimizer)
     for flat in _flat(optimizer):
         base.state[flat] = _state(base, flat, step)
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._lazy_init_hp_params_optimizer_state()
+    _link(optimizer)
     with _opened(folder) as read, torch.no_grad():
         for name, parameter in trained(model).items():
             if _by_deepspeed(parameter):
@@ -181,6 +190,16 @@ def _flat(optimizer: Any) -> list[Tensor]:
         "fp32_groups_flat_partition",  # bfloat16 alone
     ]
     return list(next((getattr(optimizer, n) for n in names if hasattr(optimizer, n)), ()))
+
+
+def _link(optimizer: Any) -> None:
+    """Let ZeRO-1 and 2 find every weight's moments.
+
+    They look once, after the first group's first step, when those of other groups are not there.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _state(optimizer: torch.optim.Optimizer, parameter: Tensor, step: int) -> dict[str, Tensor]:

@@ -349,9 +349,10 @@ def train(job: dict) -> dict[str, float]:
     model = load_model(job["init"], "float32")
     model.config.use_cache = False
     attach_loss(model, fuse)
-    checkpoint = last_checkpoint(out / "checkpoints")
+    writes = arguments.process_index == 0
+    checkpoint = _agreed(last_checkpoint(out / "checkpoints") if writes else None)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    log = TrainingLog(out / "training.csv", step, writes=arguments.process_index == 0)
+    log = TrainingLog(out / "training.csv", step, writes)
     trainer = FusionTrainer(
         model=model.train(),
         args=arguments,
@@ -374,6 +375,18 @@ def train(job: dict) -> dict[str, float]:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         (out / "training_args.bin").unlink(missing_ok=True)
     return {"steps": trainer.state.global_step, "resumed_from": step}
+
+
+def _agreed(checkpoint: Path | None) -> Path | None:
+    """The first process's checkpoint for all: on a shared disk others may not see it yet."""
+    if checkpoint and not restart.holds(checkpoint):
+        what = f"{checkpoint}: not in the form of this version; training begins again"
+        print(what, file=sys.stderr, flush=True)
+        checkpoint = None
+    found = [checkpoint]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def _world_size() -> int:

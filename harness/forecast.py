@@ -130,7 +130,7 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
         _memory(where),
         where,
         gpu is not None,
-        plan.recipe.machine.processes,
+        plan.recipe.machine.processes * plan.recipe.machine.hosts,
         max(trained, default=None),
     )
 
@@ -288,7 +288,7 @@ def _trained(plan: Plan, step: Step, weights: int, where: str) -> int:
     machine = plan.recipe.machine
     beside = machine.processes if where == "cpu" else 1
     how = sharding(machine.deepspeed, machine.fsdp)
-    return beside * kept(weights, how, machine.processes, BYTES[_dtype(plan, step)])
+    return beside * kept(weights, how, machine.processes * machine.hosts, BYTES[_dtype(plan, step)])
 
 
 def _computed(plan: Plan, step: Step, sizes: Sizes) -> int | None:

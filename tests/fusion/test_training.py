@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +153,20 @@ def test_a_checkpoint_cut_in_the_middle_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global')
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_checkpoint_in_another_form_is_said_to_be_one_and_training_begins_again(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "other"
+    made = job(prepared, out, checkpoint_every=99)
+    old = out / "checkpoints" / "checkpoint-2"
+    old.mkdir(parents=True)
+    (old / "trainer_state.json").write_text('{"global_step": 2}')
+    shutil.copyfile(unbroken / "model.safetensors", old / "model.safetensors")
+    assert train(made)["resumed_from"] == 0
+    assert "checkpoint-2: not in the form of this version" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
 def test_rows_that_train_together_give_the_loss_of_rows_alone(
@@ -325,10 +341,21 @@ def in_two_processes(out: Path, script: str, **environment: str) -> str:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
+    assert done.returncode == 0, "\n".join(said or [done.stderr])[-9000:]
     return done.stdout
 
 
+# Each process says which block of which store it reads.
+READING = """
+import os
+import fusion.distributions as distributions
+read = distributions.Store.read
+def told(self, block, pieces=None):
+    os.write(1, f"read {os.environ['RANK']} {self.path.name} {block}\\n".encode())
+    return read(self, block, pieces)
+distributions.Store.read = told
+"""
 ALIKE = "from fusion.training import main; main()"
 
 
@@ -338,7 +365,10 @@ def test_ways_to_share_a_model_give_the_loss_of_one_process(
 ) -> None:
     shared = {"fsdp": True} if name == "fsdp" else {"deepspeed": name}
     job(prepared, tmp_path / "two", **shared)
-    said = in_two_processes(tmp_path / "two", FSDP_ON_CPUS if name == "fsdp" else ALIKE)
+    said = in_two_processes(tmp_path / "two", READING + (FSDP_ON_CPUS if name == "fsdp" else ALIKE))
+    read = re.findall(r"read (\d) (\w+) (\d+)\n", said)
+    own = [(str(b % 2), source, str(b)) for b in range(16) for source in ("gemma", "llama")]
+    assert sorted(read) == sorted(own)  # its own rows' distributions, once, and no others'
     assert name != "fsdp" or said.count("in pieces: True") == 2
     for one, two in zip(rows(unbroken), rows(tmp_path / "two"), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
