@@ -9,6 +9,9 @@ weight's name. Tensors are gathered and written one at a time, so memory holds o
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -63,6 +66,34 @@ def write(folder: Path, model: nn.Module, optimizer: Any, writes: bool) -> None:
     else:
         for _ in gathered(sorted(entries)):
             pass
+
+
+def agreed(folder: Path, decides: bool) -> Path | None:
+    """The checkpoint in a folder that all processes go on from, by what the one who decides sees.
+
+    On a shared disk others may not see it yet. One in another form is named and left out.
+    """
+    checkpoint = last_checkpoint(folder) if decides else None
+    if checkpoint and not holds(checkpoint):
+        what = f"{checkpoint}: not in the form of this version; training begins again"
+        print(what, file=sys.stderr, flush=True)
+        checkpoint = None
+    found = [checkpoint]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole; its state file is written last."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
+            whole.append((step, path))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None
 
 
 def holds(folder: Path) -> bool:

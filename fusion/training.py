@@ -320,18 +320,6 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
     )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; its state file is written last."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
-            whole.append((step, path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
-
-
 def train(job: dict) -> dict[str, float]:
     """Run one job and leave the target in job["out"]; facts about the run are returned.
 
@@ -350,7 +338,7 @@ def train(job: dict) -> dict[str, float]:
     model.config.use_cache = False
     attach_loss(model, fuse)
     writes = arguments.process_index == 0
-    checkpoint = _agreed(last_checkpoint(out / "checkpoints") if writes else None)
+    checkpoint = restart.agreed(out / "checkpoints", writes)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     log = TrainingLog(out / "training.csv", step, writes)
     trainer = FusionTrainer(
@@ -375,18 +363,6 @@ def train(job: dict) -> dict[str, float]:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         (out / "training_args.bin").unlink(missing_ok=True)
     return {"steps": trainer.state.global_step, "resumed_from": step}
-
-
-def _agreed(checkpoint: Path | None) -> Path | None:
-    """The first process's checkpoint for all: on a shared disk others may not see it yet."""
-    if checkpoint and not restart.holds(checkpoint):
-        what = f"{checkpoint}: not in the form of this version; training begins again"
-        print(what, file=sys.stderr, flush=True)
-        checkpoint = None
-    found = [checkpoint]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
 
 
 def _world_size() -> int:

@@ -26,7 +26,7 @@ from fusion.distributions import capture
 from fusion.errors import RunError
 from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
-from fusion.training import Blocks, last_checkpoint, train
+from fusion.training import Blocks, train
 from fusion.vocabulary import build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -144,15 +144,6 @@ def test_a_run_killed_midway_ends_with_the_same_bytes(
     assert facts["resumed_from"] >= 2
     assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(unbroken)]
-
-
-def test_a_checkpoint_cut_in_the_middle_is_not_used(tmp_path: Path) -> None:
-    for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global')
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert not (tmp_path / "checkpoint-4").exists()
 
 
 def test_a_checkpoint_in_another_form_is_said_to_be_one_and_training_begins_again(
