@@ -106,13 +106,14 @@ def _gpus(plan: Plan, step: Step) -> int:
     models = ("capture", "train", "statistics")
     if step.kind not in models or not device(plan).startswith("cuda"):
         return 0
-    return plan.recipe.machine.processes if step.kind == "train" else 1
+    machine = plan.recipe.machine
+    return machine.processes * machine.hosts if step.kind == "train" else 1
 
 
 def _launches(plan: Plan) -> bool:
     """Whether training runs in processes of its own."""
     machine = plan.recipe.machine
-    return machine.processes > 1 or machine.deepspeed is not None
+    return machine.processes * machine.hosts > 1 or machine.deepspeed is not None
 
 
 def _deepspeed(name: str | None) -> str | None:
@@ -335,8 +336,8 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
         trained = adapter_weights(skeleton(job["init"]), train.lora, where)
     write_json(step.folder / "job.json", job)
     if _launches(plan):
-        launch(step.folder / "job.json", machine.processes)
-        facts: dict[str, Any] = {"processes": machine.processes}
+        launch(step.folder / "job.json", machine.processes, machine.hosts)
+        facts: dict[str, Any] = {"processes": machine.processes, "hosts": machine.hosts}
     else:
         from fusion.training import train as run
 

@@ -118,6 +118,21 @@ def build(
 
 
 @app.command()
+def join(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train with the host that runs this recipe, on each other one of its `machine.hosts`.
+
+    All hosts share the store at the same path. Ends when that host has built all.
+    """
+    from harness.hosts import join as train_with
+
+    try:
+        code = train_with(recipe, overrides or [])
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
+
+
+@app.command()
 def evaluate(
     recipe: RecipeName,
     overrides: Overrides = None,

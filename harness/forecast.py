@@ -132,7 +132,7 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
         _memory(where),
         where,
         gpu is not None,
-        plan.recipe.machine.processes,
+        plan.recipe.machine.processes * plan.recipe.machine.hosts,
         max(trained, default=None),
     )
 
@@ -292,13 +292,13 @@ def _trained(plan: Plan, step: Step, weights: int, where: str) -> int | None:
     machine = plan.recipe.machine
     beside = machine.processes if where == "cpu" else 1
     how = sharding(machine.deepspeed, machine.fsdp)
-    width = BYTES[_dtype(plan, step)]
+    width, processes = BYTES[_dtype(plan, step)], machine.processes * machine.hosts
     train = plan.recipe.variants[step.rows[0]].train
     if train is None or train.lora is None:
-        return beside * kept(weights, how, machine.processes, width)
+        return beside * kept(weights, how, processes, width)
     if _unseen(plan, train):
         return None
-    trained = kept(adapters(plan, train) or 0, how, machine.processes, width)
+    trained = kept(adapters(plan, train) or 0, how, processes, width)
     return beside * (trained + weights * (4 if how == "none" else width))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion.errors import RecipeError, RunError
+from harness.hosts import calling
 from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
@@ -40,7 +41,8 @@ def run(
     if waiting:
         _warn_of_slow_arithmetic(planned)
     if "build" in stages and any(step.kind != "evaluate" for step in waiting):
-        planned, reasons = _build(loaded, planned, rows)
+        with calling(planned, loaded.name):
+            planned, reasons = _build(loaded, planned, rows)
     if "evaluate" in stages:
         reasons |= _evaluate(planned, rows, reasons)
         reasons |= _keep(planned, rows)

@@ -74,7 +74,7 @@ def _job(
         seconds = (manifest.get("cost") or {}).get("seconds")
         return Job(step, "done", "", seconds)
     found = signs.get(step.folder.name, [])
-    living = [sign for sign in found if _lives(sign)]
+    living = [sign for sign in found if lives(sign)]
     if living:
         return Job(step, "running", "; ".join(map(_where, living)), _left(living, expected))
     if found:
@@ -109,7 +109,7 @@ def _signs(home: Path) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
-def _lives(sign: dict[str, Any]) -> bool:
+def lives(sign: dict[str, Any]) -> bool:
     """Whether a sign is fresh, and its process is there if it is one of this machine."""
     if time.time() - float(sign["seen"]) > LOST:
         return False

@@ -180,7 +180,7 @@ def test_absent_models_are_counted_by_what_the_recipe_says(home: Path) -> None:
     for how, a_weight in (("none", 16), ("zero2", 4 + 12 / 8), ("fsdp", 2)):
         assert f"{how} {a_weight * gib:.1f}" in said
     assert any("machine.deepspeed" in refusal for refusal in found.refusals)
-    shared = plan(parse(text + "machine: {processes: 8, deepspeed: zero3}\n", "r"), home)
+    shared = plan(parse(text + "machine: {processes: 4, hosts: 2, deepspeed: zero3}\n", "r"), home)
     room = replace(forecast(shared, steps, "h100"), disk_free=10**12)
     assert room.refusals == []
 
