@@ -24,7 +24,7 @@ MODELS = ("capture", "train", "statistics")  # kinds of builds that run models
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one worker does at a time. seconds: as forecast; memory: bytes of weights and moments."""
+    """What one worker does at a time. seconds: as forecast; memory: in bytes, of models alone."""
 
     name: str
     work: Literal["make", "capture", "questions", "answer", "score"]

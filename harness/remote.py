@@ -22,7 +22,7 @@ from harness.build import needed, note_failure
 from harness.jobs import Job, Machines, builds, measurement, questions
 from harness.plan import Plan, Step
 from harness.progress import say
-from harness.schedule import Room, chosen, paths
+from harness.schedule import Room, Waiting
 from harness.store import write_json
 from harness.worker import Done, Setting, do
 
@@ -92,12 +92,11 @@ class Sweep:
     steps: Sequence[Step]
     todo: Mapping[str, list[Step]]
     setting: Setting
-    jobs: dict[str, Job] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
+    waiting: Waiting = field(default_factory=Waiting)
+    done: set[str] = field(default_factory=set)  # names of jobs
     failed: dict[str, str] = field(default_factory=dict)  # by job
     running: dict[Any, Job] = field(default_factory=dict)  # by Ray's reference
     tries: dict[str, int] = field(default_factory=dict)
-    long: dict[str, float] = field(default_factory=dict)
     known: dict[str, Done] = field(default_factory=dict)  # by suite: what is asked
     largest: Room = Room(0, 0, 0)  # the best that a node has had of each
     busy: float = 0.0
@@ -134,7 +133,7 @@ class Sweep:
         say(f"ray: {nodes} nodes, {self.machines.slots} jobs with a model side by side")
         told = False
         try:
-            while self.running or self._ready():
+            while self.running or self.waiting.jobs:
                 self._submit()
                 if not self.running:
                     if not told:
@@ -153,11 +152,16 @@ class Sweep:
         say(f"ray: {len(self.done)} jobs in {seconds:.1f} s, workers busy {share:.0%} of it")
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Take in jobs; what they need and is no job is there, or is known to be missing."""
-        self.jobs |= {job.name: job for job in jobs}
-        self.long = paths(self.jobs)
+        """Take in jobs, but those that need what has failed, or more than a node has."""
+        cores = max(1, int(self.largest.cpus))  # which threads may share
+        jobs = [replace(job, cpus=min(job.cpus, cores)) for job in jobs]
         for job in jobs:
-            self._block(job)
+            if reason := next((self.failed[n] for n in job.needs if n in self.failed), None):
+                self.failed[job.name] = reason
+        self.waiting.add([job for job in jobs if job.name not in self.failed])
+        for job in jobs:
+            if self.largest.gpus < job.gpus or self.largest.memory < job.memory:
+                self._fail(job, self._too_large(job))
 
     def reasons(self) -> dict[str, str]:
         """Why rows were not built, and rows that are built not measured."""
@@ -191,24 +195,12 @@ class Sweep:
         begun = {job.name for job in self.running.values()} | self.done | set(self.failed)
         self.add([job for job in found if job.name not in begun])
 
-    def _ready(self) -> list[Job]:
-        taken = {job.name for job in self.running.values()} | self.done | set(self.failed)
-        left = [job for job in self.jobs.values() if job.name not in taken]
-        return [j for j in left if all(n in self.done for n in j.needs if n in self.jobs)]
-
     def _submit(self) -> None:
         """Give to Ray what fits beside what runs, longest path first."""
         room = self._room()
         for job in self.running.values():
             room = room.less(job)
-        ready = []
-        for job in self._ready():
-            if self.largest.gpus < job.gpus or self.largest.memory < job.memory:
-                self._fail(job, self._too_large(job))
-            else:  # threads may share processors
-                cpus = max(1, min(job.cpus, int(self.largest.cpus)))
-                ready.append(replace(job, cpus=cpus))
-        for job in chosen(ready, room, self.long):
+        for job in self.waiting.begin(room):
             options = {"num_cpus": job.cpus, "num_gpus": job.gpus, "memory": job.memory}
             task = self.task.options(max_retries=0, name=str(job), **options)
             self.running[task.remote(self.shared, job, self.setting)] = job
@@ -236,6 +228,7 @@ class Sweep:
                 self._fail(job, f"its worker was lost {TRIES} times ({what})")
             else:
                 say(f"{job}: its worker was lost ({what}); given to another")
+                self.waiting.add([job])
             return
         if found.unfit:
             raise RunError(found.unfit)
@@ -245,6 +238,7 @@ class Sweep:
             self._fail(job, found.reason)
             return
         self.done.add(job.name)
+        self.waiting.end(job.name)
         say(f"{job}: {found.seconds:.1f} s on {found.host}")
         if job.step.kind == "fetch":
             self._forecast()
@@ -284,19 +278,8 @@ class Sweep:
             note_failure(job.step, reason)
             reason = f"{job.step.kind} {job.step.name} failed: {reason}"
         self.failed[job.name] = reason
-        for other in list(self.jobs.values()):
-            self._block(other)
-
-    def _block(self, job: Job) -> None:
-        """Give up a job if something that it needs has failed, and what stands on it."""
-        if job.name in self.failed or job.name in self.done:
-            return
-        reason = next((self.failed[need] for need in job.needs if need in self.failed), None)
-        if reason:
-            self.failed[job.name] = reason
-            for other in list(self.jobs.values()):
-                if job.name in other.needs:
-                    self._block(other)
+        for other in self.waiting.drop(job.name):
+            self.failed.setdefault(other.name, reason)
 
     def _too_large(self, job: Job) -> str:
         largest, gib = self.largest, 2**30

@@ -7,8 +7,8 @@ other; a job's path is the longest chain that begins with it, in seconds.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
 
 from fusion.errors import RunError
@@ -28,11 +28,97 @@ class Room:
         gpus, memory = self.gpus - job.gpus, self.memory - job.memory
         return Room(self.cpus - job.cpus, gpus, memory)
 
+    def more(self, job: Job) -> Room:
+        """What is free once a job is over."""
+        gpus, memory = self.gpus + job.gpus, self.memory + job.memory
+        return Room(self.cpus + job.cpus, gpus, memory)
+
     def fits(self, job: Job) -> bool:
         """Whether a job finds what it needs; what it does not need may be overdrawn."""
         left = self.less(job)
         pairs = ((job.cpus, left.cpus), (job.gpus, left.gpus), (job.memory, left.memory))
         return all(rest >= 0 for need, rest in pairs if need)
+
+
+@dataclass
+class Waiting:
+    """Jobs that have not begun: what each still waits for, and the order in which they may begin.
+
+    Jobs with GPUs and those without stand in two lines, each by length of path, else as they came.
+    The first that does not fit keeps its line waiting: a training on eight GPUs would else come
+    last, after everything that is small.
+    """
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    open: set[str] = field(default_factory=set)  # names, also of what runs: what waits for them
+    after: dict[str, list[str]] = field(default_factory=dict)
+    waits: dict[str, int] = field(default_factory=dict)
+    long: dict[str, float] = field(default_factory=dict)
+    lines: tuple[list, list] = ([], [])
+    number: dict[str, int] = field(default_factory=dict)  # by when they came
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Take in jobs after those that they need, or in place of those of the same name.
+
+        A need that is unknown, or over, is not waited for.
+        """
+        for job in jobs:
+            self.jobs[job.name] = job
+            self.number.setdefault(job.name, len(self.number))
+            self.open.add(job.name)
+        self.long = paths(self.jobs)
+        self.after = {}
+        for job in self.jobs.values():
+            needs = {need for need in job.needs if need in self.open}
+            self.waits[job.name] = len(needs)
+            for need in needs:
+                self.after.setdefault(need, []).append(job.name)
+        self.lines = ([], [])
+        for job in self.jobs.values():
+            self._stand(job)
+
+    def begin(self, room: Room) -> list[Job]:
+        """The jobs that begin now, which wait no longer."""
+        out = []
+        for line in self.lines:
+            while line:
+                job = self.jobs.get(line[0][2])
+                if job is not None and not room.fits(job):
+                    room = room.less(job)  # and what it needs is not for the other line
+                    break
+                heapq.heappop(line)
+                if job is not None:
+                    room = room.less(job)
+                    out.append(self.jobs.pop(job.name))
+        return out
+
+    def end(self, name: str) -> None:
+        """A job is over: what stands on it may begin."""
+        self.open.discard(name)
+        for one in self.after.pop(name, []):
+            self.waits[one] -= 1
+            if one in self.jobs:
+                self._stand(self.jobs[one])
+
+    def drop(self, name: str) -> list[Job]:
+        """Give up what stands on a job, and the job, if it has not begun; those given up."""
+        out, names = [], [name]
+        while names:
+            one = names.pop()
+            self.open.discard(one)
+            if one in self.jobs:
+                out.append(self.jobs.pop(one))
+            names += self.after.pop(one, [])
+        return out
+
+    def ready(self) -> list[Job]:
+        """The jobs that could begin."""
+        return [job for job in self.jobs.values() if not self.waits[job.name]]
+
+    def _stand(self, job: Job) -> None:
+        if not self.waits[job.name]:
+            line = self.lines[0 if job.gpus else 1]
+            heapq.heappush(line, (-self.long[job.name], self.number[job.name], job.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +131,7 @@ class Outcome:
 
 def paths(jobs: Mapping[str, Job]) -> dict[str, float]:
     """Seconds from each job's beginning to the end of the longest chain that begins with it."""
-    after: dict[str, list[str]] = {name: [] for name in jobs}
-    waits = {name: 0 for name in jobs}
-    for job in jobs.values():
-        for need in dict.fromkeys(job.needs):
-            if need in jobs:
-                after[need].append(job.name)
-                waits[job.name] += 1
+    after, waits = _following(jobs)
     order = [name for name, count in waits.items() if not count]
     for name in order:
         for one in after[name]:
@@ -66,14 +146,21 @@ def paths(jobs: Mapping[str, Job]) -> dict[str, float]:
     return out
 
 
-def critical(jobs: Mapping[str, Job]) -> list[Job]:
-    """The longest chain of all: no number of workers makes a plan shorter than that."""
-    long = paths(jobs)
+def _following(jobs: Mapping[str, Job]) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """By job: those that wait for it, and for how many it waits."""
     after: dict[str, list[str]] = {name: [] for name in jobs}
+    waits = dict.fromkeys(jobs, 0)
     for job in jobs.values():
-        for need in job.needs:
+        for need in dict.fromkeys(job.needs):
             if need in jobs:
                 after[need].append(job.name)
+                waits[job.name] += 1
+    return after, waits
+
+
+def critical(jobs: Mapping[str, Job]) -> list[Job]:
+    """The longest chain of all: no number of workers makes a plan shorter than that."""
+    long, (after, _) = paths(jobs), _following(jobs)
     out, here = [], list(jobs)
     while here:
         name = max(here, key=lambda one: long[one])
@@ -82,41 +169,24 @@ def critical(jobs: Mapping[str, Job]) -> list[Job]:
     return out
 
 
-def chosen(ready: Iterable[Job], room: Room, long: Mapping[str, float]) -> list[Job]:
-    """The ready jobs that begin now.
-
-    Longest path first, else as they come. One that does not fit keeps what it needs from those
-    after it: a training on eight GPUs would else wait until nothing smaller is left.
-    """
-    out = []
-    for job in sorted(ready, key=lambda job: -long[job.name]):
-        if room.fits(job):
-            out.append(job)
-        room = room.less(job)
-    return out
-
-
 def simulate(jobs: Mapping[str, Job], room: Room) -> Outcome:
     """Carry out jobs that take what they are forecast to take; RunError if one never fits."""
-    long = paths(jobs)
-    waiting, done = dict(jobs), set[str]()
+    waiting = Waiting()
+    waiting.add(list(jobs.values()))
     running: list[tuple[float, int, Job]] = []
     now, busy, count = 0.0, 0.0, 0
-    while waiting or running:
-        ready = [j for j in waiting.values() if done.issuperset(n for n in j.needs if n in jobs)]
-        for job in chosen(ready, room, long):
-            del waiting[job.name]
+    while waiting.jobs or running:
+        for job in waiting.begin(room):
             room = room.less(job)
             count += 1
             heapq.heappush(running, (now + job.seconds, count, job))
             busy += job.seconds * width(job)
         if not running:
-            stuck = next(iter(waiting.values()))
+            stuck = waiting.ready()[0]
             raise RunError(f"{stuck}: needs {stuck.gpus} GPUs and {stuck.cpus} CPUs at once")
         now, _, ended = heapq.heappop(running)
-        done.add(ended.name)
-        freed = replace(ended, cpus=-ended.cpus, gpus=-ended.gpus, memory=-ended.memory)
-        room = room.less(freed)
+        room = room.more(ended)
+        waiting.end(ended.name)
     return Outcome(now, busy)
 
 

@@ -20,10 +20,12 @@ from fusion.errors import RecipeError, RunError
 if TYPE_CHECKING:
     from harness.forecast import Questions
     from harness.jobs import Job
+    from harness.measuring import Measuring
     from harness.plan import Plan
 
 PATIENCE = 60.0  # seconds until what another machine has written must be seen here
 INHERITED = ("KFUSE_", "HF_", "OMP_", "MKL_", "TOKENIZERS_")  # beginnings of environment variables
+_kept: dict[str, Measuring] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,27 +139,38 @@ def _capture(plan: Plan, job: Job) -> Mapping[str, Any]:
     return {}
 
 
+def _measuring(plan: Plan) -> Measuring:
+    """This process's `Measuring` of a plan: suites are loaded once, models for a job at a time."""
+    from harness.measuring import Measuring
+    from harness.store import identity
+
+    key = identity([str(plan.home), *plan.steps])
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = Measuring(plan)
+    return _kept[key]
+
+
 def _questions(plan: Plan, job: Job) -> Mapping[str, Any]:
     from harness.evaluate import packs
     from harness.forecast import counted
-    from harness.measuring import Measuring
 
-    measuring = Measuring(plan)
+    measuring = _measuring(plan)
     found = packs(job.step, measuring.suite(job.step))
     return {"packs": len(found), "questions": counted(plan, measuring, job.step)}
 
 
 def _answer(plan: Plan, job: Job) -> Mapping[str, Any]:
-    from harness.measuring import Measuring
-
-    Measuring(plan).answer(job.row, job.step, job.share, job.shares)
+    measuring = _measuring(plan)
+    try:
+        measuring.answer(job.row, job.step, job.share, job.shares)
+    finally:
+        measuring.release()  # the next job here may be a training
     return {}
 
 
 def _score(plan: Plan, job: Job) -> Mapping[str, Any]:
-    from harness.measuring import Measuring
-
-    Measuring(plan).score(job.step)
+    _measuring(plan).score(job.step)
     return {}
 
 
