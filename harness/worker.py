@@ -97,12 +97,13 @@ def _unfit(setting: Setting, host: str) -> str | None:
             f"{host}: does not see the store {setting.sign.parent.parent}; set KFUSE_HOME to a "
             "folder that all nodes have under the same path"
         )
-    own = provenance()
-    if own == setting.made_by:
+    own, wanted = (
+        {"commit": one["commit"] or unknown["commit"]} | one["packages"]  # None outside a checkout
+        for one, unknown in ((provenance(), setting.made_by), (setting.made_by, provenance()))
+    )
+    differ = [f"{k} {own.get(k)} in place of {v}" for k, v in wanted.items() if own.get(k) != v]
+    if not differ:
         return None
-    both = {"commit": own["commit"]} | own["packages"]
-    wanted = {"commit": setting.made_by["commit"]} | setting.made_by["packages"]
-    differ = [f"{k} {both.get(k)} in place of {v}" for k, v in wanted.items() if both.get(k) != v]
     return f"{host}: has {', '.join(differ)}; install the same versions on every node"
 
 
