@@ -110,6 +110,8 @@ class Sweep:
                 f"machine.device: {machine.device} is a GPU of one machine; with --executor ray "
                 "say auto, cpu or cuda"
             )
+        if not total.cpus:
+            raise RunError("--executor ray: no node of the cluster has processors; add a node")
         if gpu and not total.gpus:
             raise RunError("machine.device: cuda asked for, but no node has a GPU; try auto")
         slots = total.gpus if gpu else total.cpus // self.setting.threads
@@ -129,8 +131,8 @@ class Sweep:
             (step.folder / "failed.json").unlink(missing_ok=True)
         self._forecast()
         self.add(questions(self.plan, measured))
-        nodes = len([node for node in self.ray.nodes() if node["Alive"]])
-        say(f"ray: {nodes} nodes, {self.machines.slots} jobs with a model side by side")
+        slots = self.machines.slots
+        say(f"ray: up to {slots} jobs with a model side by side; `kfuse status` tells what runs")
         told = False
         try:
             while self.running or self.waiting.jobs:
@@ -148,7 +150,7 @@ class Sweep:
             for reference in self.running:
                 self.ray.cancel(reference, force=True)
         seconds = time.monotonic() - started
-        share = self.busy / (seconds * self.machines.slots)
+        share = self.busy / (seconds * slots)
         say(f"ray: {len(self.done)} jobs in {seconds:.1f} s, workers busy {share:.0%} of it")
 
     def add(self, jobs: Sequence[Job]) -> None:
@@ -160,7 +162,8 @@ class Sweep:
                 self.failed[job.name] = reason
         self.waiting.add([job for job in jobs if job.name not in self.failed])
         for job in jobs:
-            if self.largest.gpus < job.gpus or self.largest.memory < job.memory:
+            large = self.largest.gpus < job.gpus or self.largest.memory < job.memory
+            if large and job.name not in self.failed:
                 self._fail(job, self._too_large(job))
 
     def reasons(self) -> dict[str, str]:
@@ -206,8 +209,12 @@ class Sweep:
             self.running[task.remote(self.shared, job, self.setting)] = job
 
     def _room(self) -> Room:
-        """What all living nodes have together; a node that is lost may come again as it was."""
+        """What living nodes have together; a node that is lost may come again as it was.
+
+        One without processors, as a head often is, is given nothing.
+        """
         found = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        found = [node for node in found if node.get("CPU")]
         each = [[node.get(key, 0.0) for node in found] for key in ("CPU", "GPU", "memory")]
         most = (self.largest.cpus, self.largest.gpus, self.largest.memory)
         self.largest = Room(*(max([best, *has]) for best, has in zip(most, each, strict=True)))
@@ -278,8 +285,10 @@ class Sweep:
             note_failure(job.step, reason)
             reason = f"{job.step.kind} {job.step.name} failed: {reason}"
         self.failed[job.name] = reason
-        for other in self.waiting.drop(job.name):
-            self.failed.setdefault(other.name, reason)
+        others = [one.name for one in self.waiting.jobs.values() if one.step == job.step]
+        for name in (job.name, *others):  # with what others were to do of the same step
+            for other in self.waiting.drop(name):
+                self.failed.setdefault(other.name, reason)
 
     def _too_large(self, job: Job) -> str:
         largest, gib = self.largest, 2**30

@@ -24,7 +24,7 @@ from harness.run import run
 from harness.store import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 100  # seconds until what is waited for has come
+PATIENCE = 120  # seconds until what is waited for has come
 # What tells when, where or by which commit something was made, and what it took.
 OCCASION = ("manifest.json", "ledger.jsonl", "job.json", "training.csv", "hashes.json")
 
