@@ -86,7 +86,8 @@ def builds(
             ]
             out += first
             last = tuple(job.name for job in first)
-            out.append(Job(step.identity, "make", step, row, (*after, *last), 0.0))
+            # It captures what a share has left, so it holds what they held.
+            out.append(Job(step.identity, "make", step, row, (*after, *last), 0.0, **common))
         else:
             out.append(Job(step.identity, "make", step, row, after, seconds, **common))
     return out

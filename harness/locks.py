@@ -125,7 +125,7 @@ def _gone(text: str) -> bool:
     try:
         process = psutil.Process(owner["pid"])
         ended = process.status() == psutil.STATUS_ZOMBIE
-        return ended or abs(process.create_time() - owner["born"]) > 1
+        return ended or abs(process.create_time() - owner["born"]) > LOST  # clocks are set
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:

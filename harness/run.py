@@ -43,7 +43,7 @@ def run(
         return 0
     reasons: dict[str, str] = {}
     waiting = pending(planned, rows, stages)
-    if waiting:
+    if waiting and executor == "local":
         _warn_of_slow_arithmetic(planned)
     if waiting and executor == "ray":
         planned, reasons = _elsewhere(loaded, planned, rows, stages, address)

@@ -41,8 +41,8 @@ def test_on_gpus_models_hold_one_each_and_trainings_their_processes(planned: Pla
     found = builds(wide, steps, [None] * len(steps), Machines(slots=8, gpu=True))
     held = {(job.step.kind, job.work): job.gpus for job in found}
     assert held["train", "make"] == 4
-    assert held["capture", "capture"] == 1
-    assert held["capture", "make"] == held["fetch", "make"] == held["merge", "make"] == 0
+    assert held["capture", "capture"] == held["capture", "make"] == 1
+    assert held["fetch", "make"] == held["merge", "make"] == 0
 
 
 def test_a_measurement_is_shared_out_by_packs_and_scored_once(planned: Plan) -> None:
