@@ -112,13 +112,12 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
     from harness.measuring import Measuring
 
     where = gpu or device(plan)
-    sizes = {row: _model(plan, row) for row in plan.recipe.sources}
     measuring, questions = Measuring(plan), {}
     for step in steps:
         if step.kind == "evaluate" and step.name not in questions:
-            questions[step.name] = _questions(plan, measuring, step)
-    rates = _rates(plan, where)
-    work = [_work(plan, step, sizes, questions, rates, where) for step in steps]
+            questions[step.name] = counted(plan, measuring, step)
+    work = works(plan, steps, questions, where, rates_of(plan, where))
+    sizes = _sizes(plan)
     trained = [
         (known[1], BYTES[_dtype(plan, step)])
         for step in steps
@@ -137,7 +136,27 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
     )
 
 
-def _rates(plan: Plan, where: str) -> dict[str, Rates]:
+def works(
+    plan: Plan,
+    steps: Sequence[Step],
+    questions: dict[str, Questions],
+    where: str,
+    rates: dict[str, Rates],
+) -> list[Work]:
+    """What each step takes; questions: by suite, of all measurements among the steps.
+
+    rates: by the dtype of models; seconds are in their terms. where: a device or a kind of GPU.
+    """
+    sizes = _sizes(plan)
+    return [_work(plan, step, sizes, questions, rates, where) for step in steps]
+
+
+def _sizes(plan: Plan) -> Sizes:
+    return {row: _model(plan, row) for row in plan.recipe.sources}
+
+
+def rates_of(plan: Plan, where: str) -> dict[str, Rates]:
+    """How fast models of the recipe's dtypes are: calibrated, or by a GPU's data sheet."""
     from fusion.rates import GPUS, measure, stated
 
     trains = {v.train.dtype for v in plan.recipe.variants.values() if v.train}
@@ -178,7 +197,8 @@ def _model(plan: Plan, row: str) -> tuple[Size, int] | None:
     return size(model), sum(weight.numel() for weight in model.parameters())
 
 
-def _questions(plan: Plan, measuring: Any, step: Step) -> Questions:
+def counted(plan: Plan, measuring: Any, step: Step) -> Questions:
+    """What a measurement's suite asks; measuring: a `Measuring` of the plan."""
     try:
         loaded: Loaded = measuring.suite(step)
     except RunError as error:

@@ -7,7 +7,6 @@ protocol hashes every prompt, so that a file of its name can only be right or da
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from fusion.conversations import CHAT
 from fusion.errors import RunError
 from harness.plan import Plan, Step
 from harness.progress import say
-from harness.store import read_manifest, world
+from harness.store import beside, read_manifest, world
 
 if TYPE_CHECKING:
     from harness.evaluate import Item, Loaded
@@ -66,7 +65,7 @@ def _write(path: Path, loaded: Loaded) -> None:
         }
         for item in loaded.items
     ]
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
 

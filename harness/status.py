@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.progress import BEAT
+from harness.locks import LOST
 from harness.store import read_manifest
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from harness.steps import Plan, Step
 
-LOST = 12 * BEAT  # seconds without a sign after which whoever worked is taken for gone
 State = Literal["done", "running", "lost", "failed", "waiting", "ready"]
 
 
@@ -81,14 +80,14 @@ def _job(
         return Job(step, "lost", f"{_where(found[-1])}; `kfuse run` goes on from there", expected)
     if step.failure:
         return Job(step, "failed", step.failure, expected)
-    missing = [plan.steps[n] for n in _needs(plan, step) if not plan.steps[n].done]
+    missing = [plan.steps[n] for n in needs(plan, step) if not plan.steps[n].done]
     if missing:
         names = dict.fromkeys(f"{need.kind} {need.name}" for need in missing)
         return Job(step, "waiting", f"for {', '.join(names)}", expected)
     return Job(step, "ready", "begun before" if step.started else "", expected)
 
 
-def _needs(plan: Plan, step: Step) -> list[str]:
+def needs(plan: Plan, step: Step) -> list[str]:
     """Identities of the steps that a step stands on; an ensemble's own name none of its members."""
     from harness.build import needed
 
