@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusion.errors import RunError
+from harness.hub import read_split
 from harness.locks import owned
 from harness.store import finish, identity, read_manifest, world
 from tasks.datasets import DATASETS
@@ -302,14 +303,12 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _from_hub(name: str) -> list[dict]:
-    from datasets import load_dataset
-
     dataset = DATASETS[name]
     assert dataset.hub
     assert dataset.render
     repository, configuration, split = dataset.hub
     try:
-        documents = list(dataset.render(load_dataset(repository, configuration, split=split)))
+        documents = list(dataset.render(read_split(repository, configuration, split=split)))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         what = str(error).partition("\n")[0][:200]
         raise RunError(

