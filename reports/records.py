@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-PASS_METRICS = ("pass@10", "pass@100")  # beside pass@1, of problems with that many samples
+# Metrics beside the primary one, by the titles of reports: of problems with that many samples, and
+# what a judge's verdicts come to by turn, or without regard to lengths.
+PASS_METRICS = {"pass@10": "pass@10", "pass@100": "pass@100"}
+OTHER_METRICS = {
+    "rating_turn_1": "first turn",
+    "rating_turn_2": "second turn",
+    "win_rate": "win rate",
+}
 SAMPLE_KEY = ["task", "doc_id"]
 SCORE_KEY = ["task", "doc_id", "metric"]
 SCORE_COLUMNS = ("task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted")

@@ -16,7 +16,8 @@ from typing import Literal
 ROOM = Path(__file__).parent
 DEFINITIONS = ROOM / "definitions"  # lm-eval's include_path
 
-_NOT_SUITES = ("__init__", "suite", "datasets", "questions", "open_questions", "published")
+_NOT_SUITES = ("__init__", "suite", "datasets", "questions", "open_questions")
+_NOT_SUITES += ("published", "published_chat")
 _BBH = (
     "suite 'bbh': name the protocol. bbh@fusellm has all 6,511 questions, from the hub or a local "
     "copy (HF_DATASETS_CACHE); lm_eval:bbh_cot_fewshot is lm-eval's; bbh81 asks the 81 solved "
