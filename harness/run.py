@@ -38,6 +38,7 @@ def run(
     reasons: dict[str, str] = {}
     waiting = pending(planned, rows, stages)
     if waiting:
+        _check_scorers(waiting)
         _warn_of_slow_arithmetic(planned)
     if "build" in stages and any(step.kind != "evaluate" for step in waiting):
         planned, reasons = _build(loaded, planned, rows)
@@ -55,6 +56,14 @@ def run(
     for name, reason in reasons.items():
         say(f"{name}: {reason}")
     return code
+
+
+def _check_scorers(waiting: Sequence[Step]) -> None:
+    """RunError, before anything is built, if a scorer of what is to be measured lacks a module."""
+    from harness.stock_tasks import check
+
+    suites = [suite_of(name) for name in {s.name: 0 for s in waiting if s.kind == "evaluate"}]
+    check([suite for suite in suites if suite])
 
 
 def _warn_of_slow_arithmetic(planned: Plan) -> None:

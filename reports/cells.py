@@ -85,7 +85,7 @@ class Cell:
     without: Average | None = None  # also where the whole has no score for want of these tasks
     programs: tuple[tuple[str, int], ...] = ()  # how many ended how, of suites that run them
     passes: tuple[Average, ...] = ()  # pass@k beside pass@1, where problems have several samples
-    others: tuple[Average, ...] = ()  # of a judge's verdicts: by turn, or without regard to lengths
+    others: tuple[Average, ...] = ()  # the suite's score by other metrics, where it has several
 
     @property
     def partial(self) -> bool:

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-# Metrics beside the primary one, by the titles of reports: of problems with that many samples, and
-# what a judge's verdicts come to by turn, or without regard to lengths.
+# Metrics beside a primary one, by the titles of reports: of problems with that many samples, of a
+# judge's verdicts by turn or without regard to lengths, of instructions and of a looser reading.
 PASS_METRICS = {"pass@10": "pass@10", "pass@100": "pass@100"}
 OTHER_METRICS = {
-    "rating_turn_1": "first turn",
-    "rating_turn_2": "second turn",
-    "win_rate": "win rate",
+    "rating": {"rating_turn_1": "first turn", "rating_turn_2": "second turn"},
+    "lc_win_rate": {"win_rate": "win rate"},
+    "prompt_level_strict_acc": {
+        "prompt_level_loose_acc": "prompts, loosely",
+        "inst_level_strict_acc": "instructions",
+        "inst_level_loose_acc": "instructions, loosely",
+    },
 }
 SAMPLE_KEY = ["task", "doc_id"]
 SCORE_KEY = ["task", "doc_id", "metric"]

@@ -62,7 +62,7 @@ def read(index: Path) -> Report:
                     without=_without(cell, suite.get("without", ())),
                     programs=tuple(run.manifest.get("programs", {}).items()),
                     passes=_others(run, PASS_METRICS) if run.manifest.get("programs") else (),
-                    others=_others(run, OTHER_METRICS) if run.manifest.get("judge") else (),
+                    others=_others(run, OTHER_METRICS.get(run.manifest["tasks"][0]["metric"], {})),
                 )
     content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
     for row in content["rows"]:  # runs of two versions of a suite may have unlike tasks
@@ -186,6 +186,8 @@ def _others(run: Run, titles: Mapping[str, str]) -> tuple[Average, ...]:
     """
     from reports.statistics import macro, macro_interval
 
+    if not titles:
+        return ()
     frame = read_scores(run)
     drawn = [task for task in run.manifest["tasks"] if (frame.task == task["task"]).any()]
     out = []
