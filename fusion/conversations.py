@@ -198,7 +198,7 @@ def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The control token with which the chat template closes an answer; None if none does."""
     parts = frame(tokenizer, [("user", "?"), ("assistant", "!")])
     token = end_of_turn(tokenizer, parts) if parts else ""
-    return int(tokenizer.convert_tokens_to_ids(token)) if token else None
+    return tokenizer.get_vocab()[token] if token else None
 
 
 def read(

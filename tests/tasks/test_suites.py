@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 
@@ -31,9 +32,20 @@ def test_a_suite_is_named_as_its_file_and_its_tasks_exist(name: str) -> None:
     assert suite.name == name
     files = [p for p in DEFINITIONS.rglob("*.yaml") if p.parent.name != "tiny"]
     texts = [path.read_text() for path in files]
+    if suite.stock:
+        texts = [(Path(lm_eval.__file__).parent / "tasks" / suite.stock).read_text()]
     for task in suite.tasks:
         assert any(f"task: {task.name}\n" in text for text in texts), task.name
     assert set(suite.datasets) <= set(DATASETS)
+    assert {name for _, name in suite.splits} <= set(suite.datasets)
+
+
+def test_judges_grades_and_shares_of_right_answers_have_no_common_mean() -> None:
+    for name in known_suites():
+        suite = load_suite(name)
+        metrics = {task.metric for task in suite.tasks}
+        judged = {"rating": {"rating"}, "preference": {"lc_win_rate"}}.get(suite.judged)
+        assert metrics == judged if judged else not metrics & {"rating", "lc_win_rate"}, name
 
 
 def test_unknown_suites_list_the_known_ones() -> None:
