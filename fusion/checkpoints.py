@@ -67,6 +67,7 @@ class Checkpoint:
                     "fetch or build the folder again"
                 )
             self.files |= {name: opened for name in held if not name.endswith(_DERIVED)}
+        self.mapped: dict[str, Tensor] = {}
         self.stored_as: dict[str, str] = {}  # a tied head and the embedding that it is
         self.rows: dict[str, int] = {}  # of embeddings that are cut or extended
         self.donors: Sequence[Checkpoint] = ()  # whose rows extend them, the first that has one
@@ -90,9 +91,10 @@ class Checkpoint:
             if name in self.rows:
                 stop = self.rows[name] if stop is None else stop
                 return self._extended(name, start, stop)
-            if stop is None:
-                return self.files[name].get_tensor(self.stored_as.get(name, name))
-            return self._slice(name)[start:stop]
+            if name not in self.mapped:  # a view of the file, which takes a while to come by
+                stored_as = self.stored_as.get(name, name)
+                self.mapped[name] = self.files[name].get_tensor(stored_as)
+            return self.mapped[name] if stop is None else self.mapped[name][start:stop]
 
     def _extended(self, name: str, start: int, stop: int) -> Tensor:
         parts = []

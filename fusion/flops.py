@@ -5,6 +5,7 @@ Clocks play no part, so equal work counts equally on every machine. A multiply a
     forward of B rows of Q new positions that see K positions = 2·N·B·Q + 4·A·B·Q·K
     forward of a whole row of T tokens                        = 2·N·T + 4·A·T²
     training on it                                            = 3 · forward
+    training P weights of adapters alone                      = 3 · forward + (6·P − 2·N)·T
 
 N are the weights of matrix products, the output head included (a look-up in an embedding is none);
 A is layers · heads · width of a head. This is what torch's FlopCounterMode counts. Norms,
@@ -18,7 +19,7 @@ Shapes: B rows, Q new positions, K positions in reach, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -79,9 +80,17 @@ def forward(size: Size, lengths: Iterable[int]) -> int:
     return sum(size.per_token * n + 4 * size.attention * n * n for n in lengths)
 
 
-def training(size: Size, lengths: Iterable[int]) -> int:
-    """FLOPs of training once on rows of these lengths: the backward pass is two forward ones."""
-    return 3 * forward(size, lengths)
+def training(size: Size, lengths: Iterable[int], adapters: int | None = None) -> int:
+    """FLOPs of training once on rows of these lengths: the backward pass is two forward ones.
+
+    adapters: how many weights adapters have, if only those are trained. All other weights then have
+    no gradients, which saves one of their three products; what lies before the first adapter, and
+    needs no gradient at all, is counted like the rest.
+    """
+    rows = list(lengths)
+    if adapters is None:
+        return 3 * forward(size, rows)
+    return 3 * forward(replace(size, body=size.body + adapters), rows) - size.per_token * sum(rows)
 
 
 def steps_within(costs: list[int], batch: int, budget: int) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from fusion.tensors import each, floating, inner_products, ordered, ordering, shares, weighted_sum
 
@@ -150,7 +150,7 @@ def model_stock(
     """
     models, _ = ordered(tensors)
     base = floating(base)
-    change = weighted_sum([model - base for model in models], [1 / len(models)] * len(models))
+    change = weighted_sum(models, [1 / len(models)] * len(models), base)
     if filter_wise and base.dim() > 1:
         rows = [(model - base).reshape(base.shape[0], -1).double() for model in models]
         inner = [[(a * b).sum(-1).tolist() for b in rows] for a in rows]
@@ -178,18 +178,17 @@ def _stock(products: Products) -> float:
 
 def model_products(whole: Whole) -> Products:
     """⟨θ_i, θ_j⟩ of all pairs of models, over all that is given."""
-    return _summed(whole, lambda tensors, _: [floating(tensor) for tensor in tensors])
+    return _added(each(whole, lambda _, __, tensors, base: inner_products(tensors)))
 
 
 def change_products(whole: Whole) -> Products:
     """⟨τ_i, τ_j⟩ of all pairs of models, over all that is given."""
-    return _summed(whole, lambda tensors, base: [floating(t) - floating(base) for t in tensors])
+    return _added(each(whole, lambda _, __, tensors, base: inner_products(tensors, base)))
 
 
-def _summed(whole: Whole, vectors: Callable[[Sequence[Tensor], Any], list[Tensor]]) -> Products:
-    found = each(whole, lambda _, __, tensors, base: inner_products(vectors(tensors, base)))
-    total: list[list[float]] = []
-    for part in found:
+def _added(parts: Iterable[Products]) -> Products:
+    total: Products = []
+    for part in parts:
         if total:
             pairs = zip(total, part, strict=True)
             part = [[a + b for a, b in zip(one, two, strict=True)] for one, two in pairs]

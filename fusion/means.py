@@ -6,7 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fusion.tensors import dot, each, floating, ordered, shares, weighted_sum
+from fusion.tensors import (
+    changes,
+    each,
+    floating,
+    ordered,
+    shaped,
+    shares,
+    squares,
+    summed,
+    weighted_sum,
+)
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
     from torch import Tensor
@@ -42,9 +52,7 @@ def task_arithmetic(
     """
     models, (given,) = ordered(tensors, weights)
     chosen = shares(given) if normalize else given
-    base = floating(base)
-    changes = [model - base for model in models]
-    return weighted_sum(changes, chosen).mul_(scale).add_(base)
+    return shaped(summed(changes(models, base), chosen, scale, base), base)
 
 
 def varm(
@@ -78,13 +86,12 @@ def squared_changes(whole: Whole, *, granularity: str = "matrix") -> dict[str, l
     """Σ τ_i² of each model over the tensors that share their weights, by their common name."""
     sums: dict[str, list[float]] = {}
 
-    def squares(_: int, name: str, tensors: Sequence[Tensor], base: Tensor) -> tuple[str, list]:
-        changes = [floating(tensor) - floating(base) for tensor in tensors]
-        return _group(name, granularity), [dot(change, change) for change in changes]
+    def moved(_: int, name: str, tensors: Sequence[Tensor], base: Tensor) -> tuple[str, list]:
+        return _group(name, granularity), squares(changes(tensors, base))
 
-    for group, moved in each(whole, squares):
-        before = sums.get(group, [0.0] * len(moved))
-        sums[group] = [a + b for a, b in zip(before, moved, strict=True)]
+    for group, found in each(whole, moved):
+        before = sums.get(group, [0.0] * len(found))
+        sums[group] = [a + b for a, b in zip(before, found, strict=True)]
     return sums
 
 

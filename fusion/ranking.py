@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # a recipe is checked against signatures without waiting for 
 
     from fusion.tensors import Whole
 
-# Of the models' tensors and the base, one or more tensors of numbers ≥ 0 to rank, each by itself.
-Values = Callable[[Sequence["Tensor"], Any], Sequence["Tensor"]]
+# Of the models' tensors and the base, one or more arrays of numbers ≥ 0 to rank, each by itself.
+Values = Callable[[Sequence["Tensor"], Any], Sequence[np.ndarray]]
 Keep = Callable[[int, int], int]  # how many are kept, of so many, so many of them above zero
 SAMPLE = 1 << 14, 1 << 20  # numbers in a sample: at least, at most
 
@@ -30,28 +30,27 @@ class Least(NamedTuple):
     """The smallest number kept, and, where not all that equal it are, how many more at a piece."""
 
     value: float
-    room: Mapping[int, int] | None = None  # by the place of the piece's first element
+    room: Mapping[int, int] | None = None  # by the place of the piece's first element; else all
 
-    def mask(self, values: Tensor, start: int = 0) -> Tensor:
-        """Which of a piece's numbers are kept: of equal ones the first in memory."""
-        if self.room is None:
-            return values >= self.value
-        equal = (values == self.value).reshape(-1)
-        first = (equal.cumsum(0) <= self.room[start]).logical_and_(equal)
-        return (values > self.value).logical_or_(first.reshape(values.shape))
+    def within(self, ranks: np.ndarray, start: int = 0) -> tuple[np.ndarray, float]:
+        """Ranks of a piece's elements, and the least of what is kept: of equal ones the first."""
+        room = self.room.get(start) if self.room else None
+        if room is None:
+            return ranks, self.value
+        if room == 0:
+            return ranks, float(np.nextafter(ranks.dtype.type(self.value), np.inf))
+        equal = ranks == self.value
+        mask = (ranks > self.value) | (equal & (equal.cumsum() <= room))
+        return mask.astype(ranks.dtype), 1.0
 
-    def kept(self, changes: Tensor, start: int = 0) -> Tensor:
-        """Changes whose magnitudes are kept, others 0."""
-        if self.value <= 0:
-            return changes
-        if self.room is not None:
-            return changes.mul_(self.mask(changes.abs(), start))
-        import torch
 
-        real = np.float64 if changes.element_size() == 8 else np.float32
-        return torch.nn.functional.hardshrink(
-            changes, float(np.nextafter(real(self.value), real(0)))
-        )
+def magnitudes(model: np.ndarray, base: np.ndarray | None) -> np.ndarray:
+    """|τ|."""
+    from fusion import loops
+
+    out = np.empty_like(model)
+    loops.magnitude(out, model, base)
+    return out
 
 
 def least_kept(whole: Whole, values: Values, keep: Keep, together: bool = False) -> list[Least]:
@@ -81,7 +80,7 @@ def _brackets(
     parts = [values(models, base) for _, models, base in sample(most)]
     out = []
     for column in zip(*parts, strict=True):
-        flat = np.concatenate([part.reshape(-1).numpy() for part in column])
+        flat = np.concatenate(column)
         place = keep(flat.size, int(np.count_nonzero(flat)))  # from the top, from 1 on
         aside = math.ceil(spread * math.sqrt(flat.size))
         low, high = flat.size - place - aside, flat.size - place + aside
@@ -111,19 +110,18 @@ def _counted(
     models: Sequence[Tensor],
     base: Any,
 ) -> list[_Count]:
+    from fusion import loops
+
     out = []
     for place, value in enumerate(values(models, base)):
-        low, high = bracket = brackets[place] if brackets else (-1.0, math.inf)
-        flat = held = value.reshape(-1).numpy()
-        above, at = 0, (0, 0)
-        if brackets:
-            above = int(np.count_nonzero(flat > high))
-            held = flat[np.flatnonzero((flat >= low) & (flat <= high))]
-            at = int(np.count_nonzero(held == low)), int(np.count_nonzero(held == high))
-            if any(at):
-                held = held[(held > low) & (held < high)]
-        positive = int(np.count_nonzero(flat > 0))
-        out.append(_Count(start, flat.size, positive, above, bracket, at, held))
+        real = value.dtype.type
+        low, high = brackets[place] if brackets else (-1.0, math.inf)
+        inside = np.empty(value.size + 1, value.dtype)
+        positive, above, between = loops.count(value, real(low), real(high), inside)
+        held = inside[:between]
+        at = int(np.count_nonzero(held == low)), int(np.count_nonzero(held == high))
+        held = held[(held > low) & (held < high)]
+        out.append(_Count(start, value.size, positive, above, (low, high), at, held))
     return out
 
 
@@ -157,6 +155,7 @@ def _located(pieces: Sequence[_Count], keep: Keep, together: bool) -> Least | No
         return Least(value)
     room = {}
     for piece, count in zip(pieces, equal, strict=True):
-        room[piece.start] = left
+        if left < count:
+            room[piece.start] = left
         left = max(0, left - count)
     return Least(value, room)

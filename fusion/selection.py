@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusion.ranking import Least, least_kept
-from fusion.tensors import agreeing, dot, each, floating, fraction, ordered, weighted_sum
+from fusion.tensors import Changes, changes, each, elected, flat, fraction, ordered, squares
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
+    import numpy as np
     from torch import Tensor
 
     from fusion.tensors import Whole
@@ -49,8 +50,7 @@ def sce_paper(
     chance, so they do not count here.
     """
     found = found or select([("", tensors, base)], select_topk=select_topk, least=1)
-    changes, weights = _selected(tensors, base, found, start)
-    return _erased(changes, weights)[0].add_(floating(base))
+    return _erased(tensors, base, found, start, division=(math.inf, 1.0))
 
 
 def sce_mergekit(
@@ -70,9 +70,7 @@ def sce_mergekit(
     base where nothing is selected, so for select_topk < 1 copies merge to the base.
     """
     found = found or select([("", tensors, base)], select_topk=select_topk)
-    changes, weights = _selected(tensors, base, found, start, floor=_NO_MASS)
-    merged, surviving = _erased(changes, weights)
-    return merged.div_(surviving.clamp_(min=_NO_MASS)).add_(floating(base))
+    return _erased(tensors, base, found, start, _NO_MASS, division=(_NO_MASS, _NO_MASS))
 
 
 def sce_fusechat(
@@ -92,9 +90,7 @@ def sce_fusechat(
     """
     found = found or select([("", tensors, base)], select_topk=select_topk)
     everything = Selected(Least(0.0), found.squares, found.size)
-    changes, weights = _selected(tensors, base, everything, start)
-    merged, surviving = _erased(changes, weights)
-    return merged.div_(surviving.masked_fill_(surviving <= 0, 1)).add_(floating(base))
+    return _erased(tensors, base, everything, start, division=(1e-37, 1.0))
 
 
 def select(whole: Whole, *, select_topk: float = 0.1, least: int = 0) -> Selected:
@@ -113,57 +109,60 @@ def select(whole: Whole, *, select_topk: float = 0.1, least: int = 0) -> Selecte
             iter(least_kept(whole, lambda tensors, _: [_variance(tensors)], keep)), chosen
         )
 
-    def squares(
+    def moved(
         start: int, _: str, tensors: Sequence[Tensor], base: Tensor
     ) -> tuple[int, list[float]]:
-        mask = chosen.mask(_variance(tensors), start) if chosen.value > 0 else None
-        changes = [floating(tensor) - floating(base) for tensor in tensors]
-        held = changes if mask is None else [change.mul_(mask) for change in changes]
-        return changes[0].numel(), [dot(change, change) for change in held]
+        parts = _selected(changes(tensors, base), tensors, chosen, start)
+        return parts.models[0].size, squares(parts)
 
-    parts = list(each(whole, squares))
+    parts = list(each(whole, moved))
     totals = [math.fsum(column) for column in zip(*(sums for _, sums in parts), strict=True)]
     return Selected(chosen, totals, sum(size for size, _ in parts))
 
 
-def _variance(tensors: Sequence[Tensor]) -> Tensor:
+def _variance(tensors: Sequence[Tensor]) -> np.ndarray:
     """M times the variance over the models.
 
     It is taken about the first model rather than the base: it is the same, and exactly zero where
     models agree.
     """
-    models, _ = ordered(tensors)
-    apart = [model - models[0] for model in models[1:]]
-    if not apart:
-        return models[0].new_zeros(models[0].shape)
-    mean = weighted_sum(apart, [1 / len(models)] * len(apart))
-    out = mean.square()
-    for one in apart:
-        out += one.sub_(mean).square_()
+    import numpy as np
+
+    from fusion import loops
+
+    models = tuple(map(flat, ordered(tensors)[0]))
+    out = np.empty_like(models[0])
+    loops.variance(out, models)
     return out
 
 
-def _selected(
-    tensors: Sequence[Tensor], base: Tensor, found: Selected, start: int, floor: float = 0.0
-) -> tuple[list[Tensor], list[float]]:
-    """Selected changes and weights, ordered.
+def _selected(parts: Changes, tensors: Sequence[Tensor], least: Least, start: int) -> Changes:
+    """Of changes what varies enough over the models."""
+    if least.value <= 0:
+        return parts
+    rank, value = least.within(_variance(tensors), start)
+    return parts._replace(rank=rank, leasts=[value] * len(parts.models))
+
+
+def _erased(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    found: Selected,
+    start: int,
+    floor: float = 0.0,
+    *,
+    division: tuple[float, float],
+) -> Tensor:
+    """The selected changes that have the elected sign, weighed, on the base.
 
     A weight is the model's share of the squared change; equal where it is zero, or its mean below
     `floor`.
     """
-    models, (squares,) = ordered(tensors, found.squares)
-    base = floating(base)
-    changes = [model - base for model in models]
-    if found.least.value > 0:
-        mask = found.least.mask(_variance(tensors), start)
-        changes = [change.mul_(mask) for change in changes]
-    total = math.fsum(squares)
-    if total == 0 or total / found.size < floor:
-        return changes, [1 / len(squares)] * len(squares)
-    return changes, [square / total for square in squares]
-
-
-def _erased(changes: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    total = weighted_sum(changes, [1.0] * len(changes))
-    parts = [change.mul_(weight) for weight, change in zip(weights, changes, strict=True)]
-    return agreeing(parts, weights, total)
+    models, (moved,) = ordered(tensors, found.squares)
+    parts = _selected(changes(models, base), models, found.least, start)
+    total = math.fsum(moved)
+    weights = [1 / len(moved)] * len(moved)
+    if total > 0 and total / found.size >= floor:
+        weights = [square / total for square in moved]
+    ones = [1.0] * len(moved)
+    return elected(parts, weights, ones, base, floor=division[0], otherwise=division[1])

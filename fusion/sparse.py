@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fusion.ranking import Least, least_kept
+from fusion.ranking import Least, least_kept, magnitudes
 from fusion.tensors import (
-    agreeing,
-    divided,
+    Changes,
+    changes,
     each,
-    floating,
+    elected,
+    flat,
     fraction,
     ordered,
     ordering,
+    shaped,
     shares,
-    weighted_sum,
+    summed,
 )
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
@@ -54,17 +57,27 @@ def ties_mergekit(
     the election go to + where the authors' code follows the whole model's majority. The paper
     keeps the largest 20 % (density 0.2).
     """
-    base = floating(base)
     found = found or largest_changes([("", tensors, base)], density=density)
     order, (given,) = ordering(tensors, weights)
-    parts = []
-    for index, weight in zip(order, given, strict=True):
-        change = found[index].kept(floating(tensors[index]) - base, start)
-        parts.append(change if weight == 1 else change.mul_(weight))
-    merged, surviving = agreeing(parts, given, weighted_sum(parts, [1.0] * len(parts)))
-    if normalize:
-        merged = divided(merged, surviving, 1e-8)
-    return merged.mul_(scale).add_(base)
+    parts = changes([tensors[index] for index in order], base)
+    parts = _kept(parts, [found[index] for index in order], start)
+    floor = 1e-8 if normalize else math.inf
+    return elected(parts, given, given, base, scale=scale, floor=floor)
+
+
+def _kept(parts: Changes, found: Sequence[Least], start: int = 0) -> Changes:
+    """The largest of each change, by magnitude."""
+    models, leasts = list(parts.models), [max(0.0, least.value) for least in found]
+    for place, least in enumerate(found):
+        if least.room is None:
+            continue
+        ranks = magnitudes(models[place], parts.base)
+        rank, leasts[place] = least.within(ranks, start)
+        if rank is not ranks:  # among equal ones some are kept: the others take the base's value
+            assert parts.base is not None
+            models[place] = np.where(rank > 0, models[place], parts.base)
+            leasts[place] = 0.0
+    return parts._replace(models=tuple(models), leasts=leasts)
 
 
 def largest_changes(whole: Whole, *, density: float | list[float] = 1.0) -> list[Least]:
@@ -79,8 +92,9 @@ def largest_changes(whole: Whole, *, density: float | list[float] = 1.0) -> list
 
         def values(
             tensors: Sequence[Tensor], base: Tensor, of: list[int] = members
-        ) -> list[Tensor]:
-            return [(floating(tensors[i]) - floating(base)).abs_() for i in of]
+        ) -> list[np.ndarray]:
+            ground = flat(base)
+            return [magnitudes(flat(tensors[i]), ground) for i in of]
 
         def keep(size: int, _: int, share: float = share) -> int:
             return max(1, int(share * size))
@@ -117,26 +131,20 @@ def ties_paper(
     Source: TIES-Merging, 2306.01708, section 4. Relative to the authors' code: that keeps one
     element more a model (its test is ≥ the value before).
     """
-    base = floating(base)
     found = found or trim([("", tensors, base)], density=density)
     models, (thresholds,) = ordered(tensors, found.thresholds)
-    parts = _trimmed(models, base, thresholds)
-    ones = [1.0] * len(parts)
-    merged, models_agreeing = agreeing(parts, ones, weighted_sum(parts, ones), found.positive)
-    return merged.div_(models_agreeing.clamp_(min=1)).mul_(scale).add_(base)
-
-
-def _trimmed(models: Sequence[Tensor], base: Tensor, thresholds: Sequence[float]) -> list[Tensor]:
-    pairs = zip(models, thresholds, strict=True)
-    return [Least(least).kept(model - base) for model, least in pairs]
+    parts = changes(models, base)._replace(leasts=thresholds)
+    ones = [1.0] * len(models)
+    return elected(parts, ones, ones, base, scale=scale, zero_is_positive=found.positive)
 
 
 def trim(whole: Whole, *, density: float = 0.2) -> Trim:
     """Thresholds of `ties_paper` over all tensors, exact, and the sign that most elements elect."""
     fraction("density", density)
 
-    def values(tensors: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-        return [(floating(tensor) - floating(base)).abs_() for tensor in tensors]
+    def values(tensors: Sequence[Tensor], base: Tensor) -> list[np.ndarray]:
+        ground = flat(base)
+        return [magnitudes(flat(tensor), ground) for tensor in tensors]
 
     def keep(size: int, _: int) -> int:
         return max(1, int(density * size))
@@ -146,9 +154,9 @@ def trim(whole: Whole, *, density: float = 0.2) -> Trim:
 
     def votes(_: int, __: str, tensors: Sequence[Tensor], base: Tensor) -> int:
         models, (floors,) = ordered(tensors, thresholds)
-        parts = _trimmed(models, floating(base), floors)
-        total = weighted_sum(parts, [1.0] * len(parts))
-        return int((total > 0).count_nonzero()) - int((total < 0).count_nonzero())
+        parts = changes(models, base)._replace(leasts=floors)
+        total = summed(parts, [1.0] * len(models))
+        return int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))
 
     return Trim(thresholds, sum(each(whole, votes)) >= 0)
 
@@ -185,8 +193,7 @@ def dare_linear(
     """
     draw = Draw(seed, name, models, start)
     parts, given = _dropped(tensors, base, weights, density, rescale, draw)
-    merged = weighted_sum(parts, shares(given) if normalize else given)
-    return merged.mul_(scale).add_(floating(base))
+    return shaped(summed(parts, shares(given) if normalize else given, scale, base), base)
 
 
 def dare_ties(
@@ -211,12 +218,9 @@ def dare_ties(
     Source: DARE, 2311.03099, with TIES-Merging, 2306.01708.
     """
     draw = Draw(seed, name, models, start)
-    changes, given = _dropped(tensors, base, weights, density, rescale, draw)
-    parts = [weight * change for weight, change in zip(given, changes, strict=True)]
-    merged, surviving = agreeing(parts, given, weighted_sum(parts, [1.0] * len(parts)))
-    if normalize:
-        merged = divided(merged, surviving, 1e-8)
-    return merged.mul_(scale).add_(floating(base))
+    parts, given = _dropped(tensors, base, weights, density, rescale, draw)
+    floor = 1e-8 if normalize else math.inf
+    return elected(parts, given, given, base, scale=scale, floor=floor)
 
 
 class Draw(NamedTuple):
@@ -235,42 +239,46 @@ def _dropped(
     density: float | list[float],
     rescale: str,
     draw: Draw,
-) -> tuple[list[Tensor], list[float]]:
+) -> tuple[Changes, list[float]]:
     """τ'_i of DARE and the weights, models ordered by content."""
     if rescale not in ("probability", "none", "norm@mergekit"):
         known = "probability, none or norm@mergekit"
         raise ValueError(f"rescale is {rescale!r}; should be {known}")
     order, (given, fractions) = ordering(tensors, weights, _densities(density, len(tensors)))
-    base = floating(base)
     keys = [str(place) for place in range(len(order))]
     if draw.models is not None:
         keys = _told_apart([draw.models[index] for index in order])
+    ground = flat(base)
     parts = []
     for index, key, share in zip(order, keys, fractions, strict=True):
-        change = floating(tensors[index]) - base
-        part = change if share == 1 else change.where(kept(base, share, key, draw), 0)
+        model = flat(tensors[index])
+        part = kept(model, ground, share, key, draw)
         if rescale == "probability":
-            part = part / share
-        elif rescale == "norm@mergekit" and (left := float(part.abs().double().sum())):
-            part = part * (float(change.abs().double().sum()) / left)
+            part *= part.dtype.type(1 / share)
+        elif rescale == "norm@mergekit" and (left := _norm(part, None)):
+            part *= part.dtype.type(_norm(model, ground) / left)
         parts.append(part)
-    return parts, given
+    return Changes(tuple(parts), None), given
 
 
-def kept(like: Tensor, density: float, model: str, draw: Draw) -> Tensor:
-    """The elements of a tensor of that shape that a draw keeps.
+def _norm(model: np.ndarray, base: np.ndarray | None) -> float:
+    """Σ |τ|."""
+    return float(magnitudes(model, base).sum(dtype=np.float64))
 
-    Draw number n of Philox, a counter-based generator, keyed by sha256(seed, model, tensor), is
-    that of element n: whoever computes which part of a tensor, and when, does not matter.
+
+def kept(model: np.ndarray, base: np.ndarray, density: float, key: str, draw: Draw) -> np.ndarray:
+    """τ where a draw keeps it, else 0.
+
+    Number n of Philox, a counter-based generator, keyed by sha256(seed, model, tensor), is the draw
+    of element n: whoever computes which part of a tensor, and when, does not matter.
     """
-    import torch
+    from fusion import loops
 
-    content = f"{draw.seed}\n{model}\n{draw.name}".encode()
-    key = int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
-    generator = np.random.Philox(key=key)
-    generator.advance(draw.start // 4)  # four draws a step of its counter
-    uniform = np.random.Generator(generator).random(like.numel())
-    return torch.from_numpy(uniform < density).reshape(like.shape)
+    content = f"{draw.seed}\n{key}\n{draw.name}".encode()
+    keyed, stream = np.frombuffer(hashlib.sha256(content).digest()[:16], "<u8")
+    out = np.empty_like(model)
+    loops.drop(out, model, base, density, keyed, stream, draw.start)
+    return out
 
 
 def _densities(density: float | list[float], count: int) -> list[float]:

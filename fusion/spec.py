@@ -84,8 +84,17 @@ Bits = Annotated[
     Annotated[float, Field(gt=0, le=16), Tag("number")] | Annotated[Literal["exact"], Tag("word")],
     Discriminator(lambda given: "word" if isinstance(given, str) else "number"),
 ]
+Targets = Annotated[
+    Annotated[Literal["all-linear"], Tag("word")]
+    | Annotated[list[str], Field(min_length=1), Tag("names")],
+    Discriminator(
+        lambda given: "names" if isinstance(given, list) else "word" * (given == "all-linear"),
+        custom_error_type="targets",
+        custom_error_message="all-linear, or a list of ends of names as [q_proj, v_proj]",
+    ),
+]
 # Which of several shapes a value was read as; no part of a path in the file.
-SHAPES = ("number", "decay", "word", "int", "float", "bool", "dict[str,int]")
+SHAPES = ("number", "decay", "word", "names", "int", "float", "bool", "dict[str,int]")
 
 REFERENCE = {
     "function": "min_ce@reference",
@@ -148,6 +157,19 @@ class Fuse(Section):
         return weight if isinstance(weight, Decay) else Decay(start=weight, end=weight)
 
 
+class LoRA(Section):
+    """Train low-rank changes of matrices in place of all weights; they are added in at the end."""
+
+    rank: int = Field(8, description="r, the rank of each change", ge=1)
+    alpha: float = Field(16.0, description="α; changes are scaled by α / r", gt=0)
+    dropout: float = Field(0.0, description="of what the adapters read, in training", ge=0, lt=1)
+    targets: Targets = Field(
+        "all-linear",
+        description="all linear layers, or those whose names end so (`q_proj`); never the output "
+        "head or embeddings",
+    )
+
+
 class Train(Section):
     """Light continual training of `init` on the corpus; with `fuse`, towards fused targets."""
 
@@ -160,6 +182,9 @@ class Train(Section):
     )
     domains: list[str] | None = Field(
         None, description="train on these domains of the corpus only", min_length=1
+    )
+    lora: LoRA | None = Field(
+        None, description="train low-rank adapters in place of all weights; needs kfuse[lora]"
     )
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"

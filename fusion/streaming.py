@@ -27,7 +27,7 @@ from fusion.statistics import Statistics
 if TYPE_CHECKING:
     from fusion.checkpoints import Checkpoint
 
-PIECE = 1 << 18  # elements of one model's tensor at once, at least eight rows: fits a core's cache
+PIECE = 1 << 19  # elements of one model's tensor at once, at least eight rows
 STEP = 8  # a piece starts at a multiple of so many rows, as draws come in eights
 
 
@@ -70,11 +70,11 @@ class Pieces:
             width = prod(shape[1:])
             rows = min(shape[0], max(1, most * shape[0] // max(1, total)))
             run = max(1, min(rows, -(-1024 // width)))  # neighbours: a page of the file at a time
-            places = [at * (shape[0] - run) // max(1, rows // run - 1) for at in range(rows // run)]
-            parts = [self.read(name, place, place + run) for place in places]
-            models = [torch.cat([part[0][m] for part in parts]) for m in range(len(self.inputs))]
-            bases = [part[1] for part in parts if part[1] is not None]
-            out.append((name, models, torch.cat(bases) if bases else None))
+            step = max(run, (shape[0] - run) // max(1, rows // run - 1))
+            read = [one.read(name) for one in (*self.inputs, *([self.base] if self.base else []))]
+            spread = [tensor.unfold(0, run, step).float().reshape(-1) for tensor in read]
+            models, base = spread[: len(self.inputs)], spread[len(self.inputs) :]
+            out.append((name, models, base[0] if base else None))
         return out
 
     def places(self) -> Iterator[tuple[str, int, int | None]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cmp_to_key
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
+    import numpy as np
     from torch import Tensor
 
 # Several models' tensors of one name and the base's, over a model, or over the row blocks of one
@@ -82,18 +83,89 @@ def fraction(name: str, value: float) -> float:
     return value
 
 
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w_i θ_i. A product and a sum, rounded each: fused, the ends of threads would differ."""
+class Changes(NamedTuple):
+    """τ_i of models, or of their elements whose rank, |τ_i| if None, is at least `leasts[i]`."""
+
+    models: tuple[np.ndarray, ...]
+    base: np.ndarray | None
+    rank: np.ndarray | None = None
+    leasts: Sequence[float] = ()  # 0 each by default
+
+    def real(self, numbers: Sequence[float]) -> np.ndarray:
+        """Numbers in the elements' own type."""
+        import numpy as np
+
+        return np.array(numbers, dtype=self.models[0].dtype)
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """The elements of a tensor, at least float32, in their order."""
+    return floating(tensor).reshape(-1).numpy()
+
+
+def changes(models: Sequence[Tensor], base: Tensor | None) -> Changes:
+    return Changes(tuple(map(flat, models)), None if base is None else flat(base))
+
+
+def shaped(elements: np.ndarray, like: Tensor) -> Tensor:
     import torch
 
-    out = weights[0] * tensors[0]
-    part = None
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        if weight == 1:
-            out += tensor
-        else:
-            part = torch.mul(tensor, weight, out=part)
-            out += part
+    return torch.from_numpy(elements).reshape(like.shape)
+
+
+def weighted_sum(
+    tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None = None
+) -> Tensor:
+    """Σ w_i (θ_i − θ_0), with θ_0 = 0 if no base is given. A product and a sum, rounded each."""
+    return shaped(summed(changes(tensors, base), weights), tensors[0])
+
+
+def summed(
+    parts: Changes, weights: Sequence[float], scale: float = 1.0, base: Tensor | None = None
+) -> np.ndarray:
+    """θ_0 + scale · Σ w_i τ_i, with θ_0 = 0 if no base is given."""
+    return _combined(parts, weights, weights, 0, (0.0, 1.0), scale, base)
+
+
+def elected(
+    parts: Changes,
+    weights: Sequence[float],
+    votes: Sequence[float],
+    base: Tensor,
+    *,
+    scale: float = 1.0,
+    floor: float = 1e-8,
+    otherwise: float = 1.0,
+    zero_is_positive: bool = True,
+) -> Tensor:
+    """θ_0 + scale · Σ w_i τ_i / Σ w_i over the models whose w_i τ_i has the sign of Σ votes_i τ_i.
+
+    Where |Σ w_i| is below `floor`, it is divided by `otherwise`; an infinite floor divides nothing.
+    """
+    elect = 1 if zero_is_positive else -1
+    found = _combined(parts, weights, votes, elect, (floor, otherwise), scale, base)
+    return shaped(found, base)
+
+
+def _combined(
+    parts: Changes,
+    weights: Sequence[float],
+    votes: Sequence[float],
+    elect: int,
+    division: tuple[float, float],
+    scale: float,
+    base: Tensor | None,
+) -> np.ndarray:
+    import numpy as np
+
+    from fusion import loops
+
+    models, ground, rank, leasts = parts
+    out = np.empty_like(models[0])
+    numbers = (parts.real(row) for row in (leasts or [0.0] * len(models), weights, votes))
+    floor, otherwise, factor = parts.real([*division, scale])
+    onto = None if base is None else flat(base)
+    loops.combine(out, models, ground, rank, *numbers, elect, floor, otherwise, factor, onto)
     return out
 
 
@@ -106,46 +178,19 @@ def each(whole: Whole, work: Callable[..., Any]) -> Iterator[Any]:
     return side_by_side(work) if side_by_side else (work(0, *part) for part in whole)
 
 
-def inner_products(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """⟨x_i, x_j⟩ of all pairs in float64, in blocks that are the same for any number of threads."""
-    sums: list[list[list[float]]] = [[[] for _ in tensors] for _ in tensors]
-    for parts in zip(*(t.reshape(-1).split(BLOCK) for t in tensors), strict=True):
-        wide = [part.double() for part in parts]
-        for one, first in enumerate(wide):
-            for two in range(one, len(wide)):
-                sums[one][two].append(float((first * wide[two]).sum()))
-    upper = [[math.fsum(cell) for cell in row] for row in sums]
-    return [[upper[min(i, j)][max(i, j)] for j in range(len(upper))] for i in range(len(upper))]
+def inner_products(tensors: Sequence[Tensor], base: Tensor | None = None) -> list[list[float]]:
+    """⟨τ_i, τ_j⟩ of all pairs in float64; τ_i is the tensor itself if no base is given."""
+    from fusion import loops
+
+    models, ground, *_ = changes(tensors, base)
+    found: list[list[float]] = loops.products(models, ground, None).tolist()
+    return found
 
 
-def dot(one: Tensor, two: Tensor) -> float:
-    """⟨one, two⟩ in float64, in blocks that are the same for any number of threads."""
-    pairs = zip(one.reshape(-1).split(BLOCK), two.reshape(-1).split(BLOCK), strict=True)
-    return math.fsum(float((a.double() * b.double()).sum()) for a, b in pairs)
+def squares(parts: Changes) -> list[float]:
+    """Σ τ_i² in float64, over what the changes are of, where their ranks are given."""
+    from fusion import loops
 
-
-def agreeing(
-    parts: Sequence[Tensor], weights: Sequence[float], total: Tensor, zero_is_positive: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Sum of the parts that have the sign of `total`, and of their weights, element by element.
-
-    Parts are turned so that the elected sign is plus: what is then above zero has it.
-    """
-    import torch
-
-    half = 0.5 if zero_is_positive else -0.5
-    sign = total.sign().add_(half).sign_()
-    merged, surviving = torch.zeros_like(total), torch.zeros_like(total)
-    turned = torch.empty_like(total)
-    for part, weight in zip(parts, weights, strict=True):
-        merged += torch.mul(part, sign, out=turned).clamp_(min=0)
-        agrees = turned.sign_()
-        surviving += agrees if weight == 1 else agrees.mul_(weight)
-    return merged.mul_(sign), surviving
-
-
-def divided(total: Tensor, weights: Tensor, least: float) -> Tensor:
-    """total / weights in place, and total where the weights are less than `least`, or nothing."""
-    if float(weights.min() if weights.numel() else 0) < 0:
-        return total.div_(weights.masked_fill_(weights.abs() < least, 1))
-    return total.div_(weights.clamp_(min=least))
+    models, ground, rank, leasts = parts
+    chosen = None if rank is None else rank >= parts.real(leasts)[0]
+    return [float(loops.products((model,), ground, chosen)[0, 0]) for model in models]

@@ -27,10 +27,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from fusion.corpus import Piece, read_blocks
+from fusion.lora import adapt, write
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
 from fusion.sharding import deepspeed_config
-from fusion.spec import Decay, Fuse
+from fusion.spec import Decay, Fuse, LoRA
 from fusion.targets import FusedTargets
 
 LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "clm", "fusion", "coverage", "learning_rate")
@@ -235,6 +236,8 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         activation_checkpointing=machine["gradient_checkpointing"],
         deepspeed=deepspeed_config(machine["deepspeed"]),
         fsdp=machine.get("fsdp") or None,
+        # Every adapter is used in every step; for wrapped models the Trainer would look each time.
+        ddp_find_unused_parameters=False if job.get("lora") else None,
         save_strategy="steps",
         save_steps=machine["checkpoint_every"],
         save_total_limit=1,
@@ -281,11 +284,13 @@ def train(job: dict) -> dict[str, float]:
     model = load_model(job["init"], "float32")
     model.config.use_cache = False
     attach_loss(model, fuse)
+    lora = LoRA.model_validate(job["lora"]) if job.get("lora") else None
+    trained = adapt(model, lora, job["seed"]) if lora else model
     checkpoint = last_checkpoint(out / "checkpoints")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     log = TrainingLog(out / "training.csv", step)
     trainer = FusionTrainer(
-        model=model.train(),
+        model=trained.train(),
         args=arguments,
         fuse=fuse,
         train_dataset=Blocks(blocks, targets, job["packing"] == "concatenate@reference"),
@@ -295,7 +300,10 @@ def train(job: dict) -> dict[str, float]:
     log.trainer = trainer  # type: ignore[attr-defined]
     trainer.remove_callback(PrinterCallback)  # the log has it all
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(out))
+    if not lora:
+        trainer.save_model(str(out))
+    elif trainer.is_world_process_zero():
+        write(trained, job["init"], out)
     if trainer.is_world_process_zero():
         load_tokenizer(job["init"]).save_pretrained(out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -2,10 +2,11 @@
 
 The checkpoints have the shapes of SmolLM2-135M (538 MB each in float32) and random weights; all
 lie in TMPDIR. Copying reads the bytes of all that a merge reads and writes those of one; both find
-the files in memory, so the disk is no part of it. Each method merges in a process of its own, whose
-peak is of what it allocated (RssAnon, as the system counts it, above that before the merge): pages
-of mapped files, which the system takes back at need, do not count. mergekit runs on the same files
-where KFUSE_MERGEKIT names its `mergekit-yaml`; its imports are timed apart and left out. CPU
+the files in memory, so the disk is no part of it. Each method merges in a process of its own, once
+before it is timed, so that its loops are compiled (a second or two, once for a number of models).
+Its peak is of what it allocated (RssAnon, as the system counts it, above that before the merge):
+pages of mapped files, which the system takes back at need, do not count. mergekit runs on the same
+files where KFUSE_MERGEKIT names its `mergekit-yaml`; its imports are timed apart and left out. CPU
 seconds stand beside the seconds, as they say more on a machine that is not idle.
 """
 
@@ -63,6 +64,7 @@ def held():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 torch.ones(4) @ torch.ones(4)
+merge([Path(f) for f in folders], Path(base) if base else None, Path(out), method, options)
 before, peak, done = held(), [0], threading.Event()
 def watch():
     while not done.wait(0.002):

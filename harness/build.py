@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +308,8 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
         "init": str(model_folder(plan, train.init)),
         "out": str(step.folder),
         "corpus": str(plan.steps[content["corpus"]].folder / "blocks.parquet"),
-        "train": train.model_dump(exclude={"fuse", "init", "seed", "budget", "domains"}),
+        "train": train.model_dump(exclude={"fuse", "lora", "init", "seed", "budget", "domains"}),
+        "lora": train.lora.model_dump() if train.lora else None,
         "steps": steps,
         "fuse": train.fuse.model_dump() if train.fuse else None,
         "sources": sources,
@@ -323,6 +325,14 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
             "progress": sys.stderr.isatty(),
         },
     }
+    if train.lora:
+        from fusion.lora import adapter_weights, require
+        from fusion.models import skeleton
+
+        # Before any process starts, so that both are told in a sentence.
+        require()
+        where = f"variants.{step.rows[0]}.train"
+        trained = adapter_weights(skeleton(job["init"]), train.lora, where)
     write_json(step.folder / "job.json", job)
     if _launches(plan):
         launch(step.folder / "job.json", machine.processes)
@@ -332,6 +342,7 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
 
         facts = dict(run(job))
     facts |= {"budget_flops": flops} if flops else {}
+    facts |= {"trained_weights": trained, "peft": version("peft")} if train.lora else {}
     if train.fuse is None:
         return facts
     stores = [source["store"] for source in sources if "store" in source]

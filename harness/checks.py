@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fusion.errors import RunError
 from tasks.suite import load_suite
 
 KINDS = ("train", "merge", "ensemble", "repeat")
@@ -137,6 +139,25 @@ def processes(raw: Mapping) -> Problems:
             yield "machine.fsdp", "a model is shared by this or by DeepSpeed; leave out one of them"
         if machine.get("processes", 1) == 1:
             yield "machine.fsdp", "one process has nobody to share with; say `processes` too"
+    yield from _adapters(raw, machine)
+
+
+def _adapters(raw: Mapping, machine: Mapping) -> Problems:
+    """Rows that train adapters where processes would cut the model into pieces."""
+    from fusion.sharding import sharding
+
+    name, how = machine.get("deepspeed"), "none"
+    with suppress(RunError):  # no DeepSpeed file: told already
+        how = sharding(name if isinstance(name, str) else None, machine.get("fsdp") is True)
+    if how in ("none", "zero2"):
+        return
+    for row, kind, section in _variants(raw):
+        if kind == "train" and section.get("lora") is not None:
+            yield (
+                f"variants.{row}.train.lora",
+                f"not with {how}, which cuts the model into pieces; adapters train in whole "
+                "copies: `deepspeed: zero2`, or leave out deepspeed and fsdp",
+            )
 
 
 def methods(raw: Mapping) -> Problems:

@@ -31,6 +31,8 @@ measures every row on the same suites and writes one report.
 
     kfuse run my.yaml --only fused corpus.tokens=100_000
 
+    kfuse help                      pages on recipes, reproduction, statistics, machines and more
+
 Results are kept in $KFUSE_HOME, or ./runs. Running again continues, or says that all is done.""",
 )
 
@@ -298,6 +300,18 @@ def doctor() -> None:
     print(examine(), end="\n\n", flush=True)
     for line in languages():
         print(line, flush=True)
+
+
+@app.command(name="help")
+def help_(
+    page: Annotated[
+        str | None, typer.Argument(help="the page to show; without one they are listed")
+    ] = None,
+) -> None:
+    """Pages on recipes, reproduction, faults, statistics, machines and own methods."""
+    from harness.pages import show
+
+    show(page)
 
 
 @app.command()

@@ -193,7 +193,8 @@ def _trained(plan: Plan, step: Step, train: Train) -> dict[str, Any]:
     blocks = _blocks(plan, step.content["corpus"])
     lengths = [sum(len(piece.ids) for piece in block) for block in blocks]
     own = _size(plan, train.init)
-    each = [training(own, [length]) for length in lengths]
+    trained = adapters(plan, train)
+    each = [training(own, [length], trained) for length in lengths]
     if train.budget:
         steps, _ = budget(plan, step)
         flops, tokens = (of_steps(c, train.batch_blocks, steps) for c in (each, lengths))
@@ -227,17 +228,28 @@ def budget(plan: Plan, step: Step) -> tuple[int, int]:
     assert rival
     blocks = _blocks(plan, step.content["budget"]["corpus"])
     lengths = [sum(len(piece.ids) for piece in block) for block in blocks]
-    total = rival.epochs * training(_size(plan, rival.init), lengths)
+    total = rival.epochs * training(_size(plan, rival.init), lengths, adapters(plan, rival))
     fuse = rival.fuse
     for row in fuse.sources if fuse else ():
         assert fuse
         total += forward(_size(plan, row), source_lengths(plan, row, blocks, fuse.template))
-    own = _size(plan, section.init)
+    own, trained = _size(plan, section.init), adapters(plan, section)
     each = [
-        training(own, [sum(len(piece.ids) for piece in block)])
+        training(own, [sum(len(piece.ids) for piece in block)], trained)
         for block in _blocks(plan, step.content["corpus"])
     ]
     return steps_within(each, section.batch_blocks, total), total
+
+
+def adapters(plan: Plan, train: Train) -> int | None:
+    """How many weights of adapters are trained; None where all weights are."""
+    from fusion.lora import adapter_weights
+    from fusion.models import skeleton
+    from harness.build import model_folder
+
+    if train.lora is None:
+        return None
+    return adapter_weights(skeleton(model_folder(plan, root(plan.recipe, train.init))), train.lora)
 
 
 def source_lengths(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import RunError
+from fusion.spec import Train
 from harness.evaluate import Item, Loaded
 from harness.steps import Plan, Step, root
 from harness.store import existing
@@ -121,7 +122,8 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
     trained = [
         (known[1], BYTES[_dtype(plan, step)])
         for step in steps
-        if step.kind == "train" and (known := sizes.get(root(plan.recipe, step.rows[0])))
+        if step.kind == "train" and "lora" not in step.content
+        if (known := sizes.get(root(plan.recipe, step.rows[0])))
     ]
     return Forecast(
         tuple(questions.values()),
@@ -276,19 +278,36 @@ def _work(
     return Work(step.kind, step.name, tokens, flops, seconds, step.disk, memory)
 
 
-def _trained(plan: Plan, step: Step, weights: int, where: str) -> int:
+def _trained(plan: Plan, step: Step, weights: int, where: str) -> int | None:
     """Bytes that training keeps at least on a device; processes on a CPU share one memory.
 
-    Statistics keep no moments but one square a weight.
+    Statistics keep no moments but one square a weight. Beside adapters the model's own weights
+    have neither gradients nor moments; None where it is not known how many weights adapters have.
     """
     from fusion.sharding import kept, sharding
+    from harness.costs import adapters
 
     if step.kind == "statistics":
         return 12 * weights
     machine = plan.recipe.machine
     beside = machine.processes if where == "cpu" else 1
     how = sharding(machine.deepspeed, machine.fsdp)
-    return beside * kept(weights, how, machine.processes, BYTES[_dtype(plan, step)])
+    width = BYTES[_dtype(plan, step)]
+    train = plan.recipe.variants[step.rows[0]].train
+    if train is None or train.lora is None:
+        return beside * kept(weights, how, machine.processes, width)
+    if _unseen(plan, train):
+        return None
+    trained = kept(adapters(plan, train) or 0, how, machine.processes, width)
+    return beside * (trained + weights * (4 if how == "none" else width))
+
+
+def _unseen(plan: Plan, train: Train) -> bool:
+    """Whether it trains adapters of a model whose matrices are not known before it is here."""
+    from harness.build import model_folder
+
+    folder = model_folder(plan, root(plan.recipe, train.init))
+    return train.lora is not None and not (folder / "config.json").is_file()
 
 
 def _computed(plan: Plan, step: Step, sizes: Sizes) -> int | None:
@@ -297,7 +316,7 @@ def _computed(plan: Plan, step: Step, sizes: Sizes) -> int | None:
     A row with a budget takes what the other row and its sources take.
     """
     from fusion.flops import forward, training
-    from harness.costs import collecting
+    from harness.costs import adapters, collecting
 
     def of(row: str) -> Size | None:
         known = sizes.get(root(plan.recipe, row))
@@ -310,14 +329,14 @@ def _computed(plan: Plan, step: Step, sizes: Sizes) -> int | None:
         rival = plan.recipe.variants[train.budget].train
         assert rival
         own, train = of(rival.init), rival
-    if own is None:
+    if own is None or train and _unseen(plan, train):
         return None
     lengths = _lengths(plan, step.tokens if train is None else step.tokens // train.epochs)
     if step.kind == "statistics":
         return collecting(step.content["statistics"], own, lengths)
     if train is None:
         return forward(own, lengths)
-    total = train.epochs * training(own, lengths)
+    total = train.epochs * training(own, lengths, adapters(plan, train))
     fuse = train.fuse
     if fuse and (fuse.online or variant and variant.train is not train):
         found = [of(row) for row in fuse.sources]

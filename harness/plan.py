@@ -197,6 +197,8 @@ def _train(out: Plan, name: str, train: Train) -> None:
     }
     # The corpus' identity says the domains; a budget is what it counts, not the row's name.
     del content["domains"], content["budget"]
+    if train.lora is None:
+        del content["lora"]
     needs = [init, packed.identity]
     summary = f"{train.init} trained on {', '.join(train.domains or ['the corpus'])}"
     rival = paid(recipe, train)
@@ -247,6 +249,7 @@ def _train(out: Plan, name: str, train: Train) -> None:
         weight = fuse.weight_at
         summary += f", λ = {weight.start:g}"
         summary += f" to {weight.end:g}" if weight.end != weight.start else ""
+    summary += f", by adapters of rank {train.lora.rank}" if train.lora else ""
     key = identity({"train": content})
     folder = place(home, "models", name, key)
     tokens = corpus.tokens * train.epochs
@@ -265,7 +268,7 @@ def _budget(out: Plan, name: str, rival: Train) -> dict[str, Any]:
         "epochs": rival.epochs,
         "sources": [tokenizer_identity(out, source) for source in sources],
         "version": VERSIONS["budget"],
-    }
+    } | ({"lora": rival.lora.results()} if rival.lora else {})
 
 
 def _map_step(

@@ -157,10 +157,17 @@ def _may_run(step: Step, allowed: bool) -> bool:
 
 
 def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, dict[str, str]]:
-    """Build, hub models first: their content names what follows, once they are here."""
+    """Build, hub models first: their content names what follows, once they are here.
+
+    RunError, before anything is computed, if a package is missing that training needs.
+    """
     from harness.build import build, needed
 
     wanted = needed(planned, rows)
+    if any("lora" in s.content for s in planned.builds() if s.identity in wanted and not s.done):
+        from fusion.lora import require
+
+        require()  # now, and not after hours of other rows
     hub = [
         name
         for name in planned.recipe.sources

@@ -20,7 +20,7 @@ VERSIONS = {
     "train": 1,
     "budget": 1,
     "statistics": 1,
-    "merge": 3,
+    "merge": 4,
     "evaluate": 2,
 }
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,3 +74,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("llama", "gemma", "neox"):
         make_model(name, root / name)
     return {name: root / name for name in ("llama", "gemma", "neox")}
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `kfuse run tiny` left in an empty store, `home`, and said: run once."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # above what each of its processes has for itself
+        folder = folder.parent
+    folder /= "tiny-run"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "said").exists():
+            environment = os.environ | {"KFUSE_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-m", "harness.cli", "run", "tiny"]
+            folder.mkdir(exist_ok=True)
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=environment, cwd=ROOT
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "said").write_text(done.stdout)
+    return folder

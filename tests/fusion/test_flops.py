@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, OPTConfig
 
 from fusion.flops import FlopCounter, Size, forward, of_steps, size, steps_within, training
+from fusion.lora import adapt, adapter_weights
 from fusion.models import causal_pattern, hidden_states, load_model, skeleton
+from fusion.spec import LoRA
 
 
 def eager(model: torch.nn.Module) -> torch.nn.Module:
@@ -31,6 +33,22 @@ def test_forward_and_training_are_what_torch_counts(tiny: dict[str, Path], name:
     with FlopCounterMode(display=False) as trained:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert training(size(model), [23]) == trained.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "neox"])
+def test_training_adapters_alone_is_what_torch_counts(tiny: dict[str, Path], name: str) -> None:
+    pytest.importorskip("peft")
+    model = eager(load_model(tiny[name]))
+    whole, ids = size(model), torch.randint(0, 200, (1, 23))
+    lora = LoRA(rank=2)
+    trained = adapter_weights(model, lora)
+    wrapped = adapt(model, lora, 0)  # type: ignore[arg-type]
+    # What the first layer reads gets a gradient here, which nobody needs and the formula counts.
+    model.enable_input_require_grads()  # type: ignore[operator]
+    with FlopCounterMode(display=False) as counted:
+        wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert training(whole, [23], trained) == counted.get_total_flops()
+    assert training(whole, [23], trained) < training(whole, [23])
 
 
 def test_a_skeleton_has_the_size_of_its_model(tiny: dict[str, Path]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,8 +125,11 @@ def test_dare_with_recorded_masks(
 ) -> None:
     masks = load_file(golden / "masks" / "dare.safetensors")
 
-    def recorded(like: Tensor, density: float, model: str, draw: Draw) -> Tensor:
-        return masks[f"{draw.name}.{model.partition('#')[0]}"].bool()
+    def recorded(
+        model: np.ndarray, base: np.ndarray, density: float, key: str, draw: Draw
+    ) -> np.ndarray:
+        mask = masks[f"{draw.name}.{key.partition('#')[0]}"].bool().numpy().reshape(-1)
+        return (model - base) * mask
 
     monkeypatch.setattr(sparse, "kept", recorded)
     exact = file.startswith("exact")
@@ -137,26 +142,31 @@ def test_dare_with_recorded_masks(
         torch.testing.assert_close(found, expected[name], atol=limit, rtol=0)
 
 
+def drawn(count: int, density: float, model: str, draw: Draw) -> np.ndarray:
+    ones = np.ones(count, np.float32)
+    return kept(ones, ones * 0, density, model, draw) > 0
+
+
 def test_draws_depend_on_seed_model_tensor_and_place_alone() -> None:
-    like = torch.empty(40, 25)
-    mask = kept(like, 0.3, "a", Draw(1, "x", None, 0))
-    assert mask.shape == like.shape
+    mask = drawn(10_000, 0.3, "a", Draw(1, "x", None, 0))
+    assert abs(mask.mean() - 0.3) < 5 * (0.3 * 0.7 / 10_000) ** 0.5
     for other in (
-        kept(like, 0.3, "b", Draw(1, "x", None, 0)),
-        kept(like, 0.3, "a", Draw(2, "x", None, 0)),
-        kept(like, 0.3, "a", Draw(1, "y", None, 0)),
+        drawn(10_000, 0.3, "b", Draw(1, "x", None, 0)),
+        drawn(10_000, 0.3, "a", Draw(2, "x", None, 0)),
+        drawn(10_000, 0.3, "a", Draw(1, "y", None, 0)),
     ):
-        assert 0.2 < float((mask ^ other).float().mean()) < 0.6
-    rows = [kept(like[i : i + 4], 0.3, "a", Draw(1, "x", None, 25 * i)) for i in range(0, 40, 4)]
-    assert torch.equal(torch.cat(rows), mask)
-    more = kept(like, 0.6, "a", Draw(1, "x", None, 0))
-    assert not bool((mask & ~more).any())
+        assert 0.38 < (mask ^ other).mean() < 0.46
+    for cuts in ([0, 100, 5000, 10_000], range(0, 10_001, 4), [0, 1028, 9_996, 10_000]):
+        rows = [drawn(b - a, 0.3, "a", Draw(1, "x", None, a)) for a, b in pairwise(cuts)]
+        assert np.array_equal(np.concatenate(rows), mask)
+    more = drawn(10_000, 0.6, "a", Draw(1, "x", None, 0))
+    assert not (mask & ~more).any()
 
 
 def test_draws_stay_what_they_are() -> None:
     """Another library or version must not silently give other models."""
-    mask = kept(torch.empty(16), 0.5, "a", Draw(7, "lm_head.weight", None, 0))
-    assert "".join(str(int(x)) for x in mask) == "1111100011111110"
+    mask = drawn(16, 0.5, "a", Draw(7, "lm_head.weight", None, 0))
+    assert "".join(str(int(x)) for x in mask) == "0010011010100100"
 
 
 @pytest.mark.parametrize("method", [dare_linear, dare_ties])

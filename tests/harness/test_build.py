@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
+from fusion.corpus import read_blocks
+from fusion.errors import RunError
+from fusion.flops import size, training
+from fusion.models import skeleton
 from harness.build import build, needed
 from harness.plan import plan
 from harness.recipe import parse
+from harness.run import run
+from harness.store import read_manifest
 
 TEXT = """
 sources:
@@ -45,6 +54,57 @@ variants:
 evaluate: {suites: [tiny_text]}
 reference: a
 """
+
+
+ADAPTED = """
+sources: {a: {path: "tiny:llama"}}
+corpus: {path: "tiny:corpus", blocks: 64, tokens: 640}
+variants:
+  adapted: {train: {init: a, batch_blocks: 5, lora: {rank: 2, targets: TARGETS}}}
+  mean: {merge: {inputs: [a, adapted], method: linear}}
+evaluate: {suites: [tiny_text]}
+reference: a
+"""
+
+
+def test_adapters_are_a_row_as_any_other(home: Path) -> None:
+    pytest.importorskip("peft")
+    planned = plan(parse(ADAPTED.replace("TARGETS", "[up_proj]"), "r"), home)
+    assert build(planned, ["mean"]) == {}
+    found = read_manifest(planned.steps[planned.identities["adapted"]].folder)
+    assert found
+    # Two layers of 48 to 96; 3 forward passes of adapters, 2 of all other weights.
+    assert found["facts"]["trained_weights"] == 2 * 2 * (48 + 96)
+    assert found["facts"]["peft"] == version("peft")
+    folder = planned.folders["a"]
+    assert folder
+    corpus = planned.steps[found["content"]["corpus"]].folder
+    lengths = [sum(len(p.ids) for p in b) for b in read_blocks(corpus / "blocks.parquet")]
+    whole, part = (training(size(skeleton(folder)), lengths, n) for n in (None, 576))
+    assert found["cost"]["flops"] == part < whole
+    assert planned.summaries["adapted"].endswith("by adapters of rank 2")
+
+
+def test_targets_that_name_nothing_are_told_by_row_and_before_training(home: Path) -> None:
+    pytest.importorskip("peft")
+    planned = plan(parse(ADAPTED.replace("TARGETS", "[c_attn]"), "r"), home)
+    reasons = build(planned, ["mean"])
+    assert "variants.adapted.train.lora.targets: 'c_attn' names no linear" in reasons["mean"]
+    assert not (planned.steps[planned.identities["adapted"]].folder / "job.json").exists()
+
+
+def test_without_peft_nothing_is_computed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(ADAPTED.replace("TARGETS", "all-linear"))
+    monkeypatch.setattr("fusion.lora.find_spec", lambda _: None)
+    with pytest.raises(RunError, match=r"pip install 'kfuse\[lora\]'"):
+        run(str(path), stages=("build",))
+    assert not home.exists()
+    assert run(str(path), only=["a"], stages=("build",)) == 0
+    planned = plan(parse(path.read_text(), "r"), home)
+    assert "peft" in build(planned, ["adapted"])["adapted"]
 
 
 def test_a_row_needs_what_its_steps_say_and_nothing_that_only_counts(home: Path) -> None:

@@ -140,6 +140,29 @@ def test_processes_on_a_cpu_share_one_memory(home: Path, monkeypatch: pytest.Mon
     assert memory[0] == 4 * (memory[1] or 0) > 0
 
 
+def test_adapters_have_gradients_and_moments_and_the_model_has_not(
+    found: Forecast, tiny: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_rates", lambda *_: {})
+    lora = ["variants.clm.train.lora={rank: 2, targets: [up_proj]}"]
+    planned = plan(parse(TEXT + "machine: {device: cpu}\n", "r", lora), home)
+    (step,) = [step for step in planned.builds() if step.name == "clm"]
+    absent = forecast(planned, [step], "h100").work[0]
+    assert (absent.flops, absent.memory) == (None, None), "its matrices are not known"
+    build(planned, ["llama"])
+    here = forecast(planned, [step]).work[0]
+    model = skeleton(tiny["llama"])
+    weights, trained = sum(w.numel() for w in model.parameters()), 2 * 2 * (48 + 96)
+    assert here.memory == 4 * weights + 16 * trained
+    assert here.flops == training(size(model), [64] * 9 + [24], trained)
+    # Two processes in bfloat16 with zero2: a copy each of all weights, and half of what is trained.
+    zero2 = ["machine.processes=2", "machine.deepspeed=zero2", "variants.clm.train.dtype=bfloat16"]
+    shared = plan(parse(TEXT, "r", [*lora, *zero2]), home)
+    (step,) = [step for step in shared.builds() if step.name == "clm"]
+    each = forecast(shared, [step], "h100").work[0]
+    assert each.memory == 2 * weights + 2 * trained + 14 * trained // 2
+
+
 def test_absent_models_are_counted_by_what_the_recipe_says(home: Path) -> None:
     """With a number of weights: 6·Ψ FLOPs a token, 16 Ψ bytes to train, 2 Ψ to fetch."""
     text = TEXT.replace('path: "tiny:llama"', "path: some/llama, parameters: 7e9")

@@ -66,6 +66,7 @@ def test_what_is_measured_does_not_rename_models(home: Path) -> None:
     [
         ("variants.clm.train.learning_rate=0.5", {"clm", "merged"}),
         ("variants.fused.train.fuse.top_k=4", {"fused", "merged"}),
+        ("variants.clm.train.lora={}", {"clm", "merged"}),
         ("corpus.tokens=1280", {"clm", "fused", "merged"}),
         ("seed=18", {"clm", "fused", "merged"}),
         ("variants.pack.ensemble.rule=top1", {"pack"}),
@@ -75,6 +76,26 @@ def test_what_is_measured_does_not_rename_models(home: Path) -> None:
 )
 def test_what_each_field_renames(home: Path, override: str, rows: set[str]) -> None:
     assert changed(home, override) == rows
+
+
+def test_adapters_name_a_row_and_no_adapters_name_nothing(home: Path) -> None:
+    def content(*overrides: str) -> dict:
+        found = planned(home, *overrides)
+        return found.steps[found.identities["clm"]].content
+
+    assert "lora" not in content(), "rows of earlier versions keep their names"
+    assert content("variants.clm.train.lora={}")["lora"]["rank"] == 8
+    names = {
+        planned(home, f"variants.clm.train.lora={given}").identities["clm"]
+        for given in ("{}", "{alpha: 16}", "{rank: 4}", "{targets: [q_proj]}", "{dropout: 0.1}")
+    }
+    assert len(names) == 4, "what is written out and is the default is no other row"
+    text = TEXT.replace("  merged:", "  equal: {train: {init: a, budget: fused}}\n  merged:")
+    one, two = (
+        planned(home, *given, text=text).identities["equal"]
+        for given in ((), ("variants.fused.train.lora={}",))
+    )
+    assert one != two, "fewer FLOPs are another budget"
 
 
 def test_a_budget_is_what_it_counts_and_not_whose_it_is(home: Path) -> None:

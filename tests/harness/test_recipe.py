@@ -250,6 +250,54 @@ def test_a_budget_names_another_trained_row(old: str, new: str, expected: str) -
     assert re.search(expected, problems(EQUAL.replace(old, new)))
 
 
+ADAPTED = GOOD.replace("1e-4}", "1e-4, lora: {rank: 4, alpha: 8, targets: [q_proj]}}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("rank: 4", "rnak: 4", r"clm\.train\.lora\.rnak +unknown key; .*targets \(rank\?\)"),
+        ("rank: 4", "rank: 0", r"clm\.train\.lora\.rank +0 is not right; .*than or equal to 1"),
+        ("rank: 4", "rank: 4.5", r"lora\.rank +4\.5 is not right; should be a valid integer"),
+        ("alpha: 8", "alpha: 0", r"lora\.alpha +0.* greater than 0"),
+        ("alpha: 8", "dropout: 1", r"lora\.dropout +1.* less than 1"),
+        ("[q_proj]", "[]", r"lora\.targets +.* at least 1 item"),
+        ("[q_proj]", "[1]", r"lora\.targets\.0 +1 is not right; should be a valid string"),
+        ("[q_proj]", "q_proj", r"lora\.targets +'q_proj' is not right; should be all-linear, or a"),
+        ("{rank: 4, alpha: 8, targets: [q_proj]}", "true", r"lora +True is not right"),
+    ],
+)
+def test_adapters_are_read_as_strictly_as_all_else(old: str, new: str, expected: str) -> None:
+    train = parse(ADAPTED, "r.yaml").variants["clm"].train
+    assert train
+    assert train.lora
+    assert train.lora.results() == {
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "targets": ["q_proj"],
+    }
+    assert old in ADAPTED
+    assert re.search(expected, problems(ADAPTED.replace(old, new)))
+
+
+def test_adapters_train_in_whole_copies_of_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    for machine, how in (
+        ("{processes: 2, fsdp: true}", "fsdp"),
+        ("{deepspeed: zero3}", "zero3"),
+        ("{deepspeed: zero3_offload}", "zero3_offload"),
+        (f"{{deepspeed: {file}}}", "zero3"),
+    ):
+        parse(f"{GOOD}machine: {machine}\n", "r.yaml")
+        said = problems(f"{ADAPTED}machine: {machine}\n")
+        assert re.search(rf"variants\.clm\.train\.lora +not with {how}, .*deepspeed: zero2", said)
+    parse(f"{ADAPTED}machine: {{processes: 2, deepspeed: zero2}}\n", "r.yaml")
+    file.write_text("[1]")  # no DeepSpeed file: for whoever reads it to say
+    parse(f"{ADAPTED}machine: {{deepspeed: {file}}}\n", "r.yaml")
+
+
 def test_a_mergekit_file_says_inputs_base_and_method(tmp_path: Path) -> None:
     file = tmp_path / "ties.yml"
     models = [{"model": row, "parameters": {"weight": 1.0}} for row in ("clm", "fused")]

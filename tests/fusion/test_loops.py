@@ -1,0 +1,136 @@
+"""Compiled loops against the same written out: sums, elections, counts, draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion import loops
+
+LAWS = settings(deadline=None, max_examples=40)
+SIZES = st.sampled_from([0, 1, 3, 63, 64, 65, 1023, 1024, 1025, 3000])
+REALS = st.sampled_from([np.float32, np.float64])
+
+
+def arrays(size: int, real: type, seed: int, count: int) -> list[np.ndarray]:
+    """Numbers of which many are equal, and some zero."""
+    g = np.random.default_rng(seed)
+    return [(g.integers(-4, 5, size) / 3).astype(real) for _ in range(count)]
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 as its paper has it."""
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            b >> 32 ^ counter[1] ^ key[0],
+            b % 2**32,
+            a >> 32 ^ counter[3] ^ key[1],
+            a % 2**32,
+        ]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return counter
+
+
+def test_the_generator_is_the_published_one() -> None:
+    """The test vectors that came with its paper."""
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    full = 2**32 - 1
+    assert philox([full] * 4, [full] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    found = philox(pi, [0xA4093822, 0x299F31D0])
+    assert found == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+@LAWS
+@given(size=SIZES, real=REALS, seed=st.integers(0, 2**64 - 1), start=st.integers(0, 2**40))
+def test_what_is_dropped_follows_from_the_draws(
+    size: int, real: type, seed: int, start: int
+) -> None:
+    model, ground = arrays(size, real, seed, 2)
+    key, stream, start = np.uint64(seed), np.uint64(seed ^ 0x5DEECE66D123), 4 * start
+    out = np.full_like(model, 7)
+    loops.drop(out, model, ground, 0.3, key, stream, start)
+    words = [
+        philox([n % 2**32, n >> 32, int(stream) % 2**32, int(stream) >> 32],
+               [int(key) % 2**32, int(key) >> 32])
+        for n in range(start // 4, start // 4 + (size + 3) // 4)
+    ]  # fmt: skip
+    kept = np.array(words, dtype=float).reshape(-1)[:size] < 0.3 * 2**32
+    assert np.array_equal(out, np.where(kept, model - ground, 0).astype(real))
+
+
+@LAWS
+@given(
+    size=SIZES,
+    real=REALS,
+    seed=st.integers(0, 10**6),
+    least=st.sampled_from([0, 1 / 3, 1, 9]),
+    ranked=st.booleans(),
+    elect=st.sampled_from([-1, 0, 1]),
+    onto=st.booleans(),
+)
+def test_sums_and_elections(
+    size: int, real: type, seed: int, least: float, ranked: bool, elect: int, onto: bool
+) -> None:
+    one, two, ground, rank, base = arrays(size, real, seed, 5)
+    leasts, weights, votes = np.array([[least, 1], [1, 0.5], [0.25, 1]], real)
+    out = np.empty_like(one)
+    floor, otherwise, scale = np.array([0.6, 3, 0.75], real)
+    given_rank, given_base = rank if ranked else None, base if onto else None
+    loops.combine(
+        out, (one, two), ground, given_rank, leasts, weights, votes, elect,
+        floor, otherwise, scale, given_base,
+    )  # fmt: skip
+    kept = [
+        np.where((rank if ranked else abs(model - ground)) < smallest, 0, model - ground)
+        for model, smallest in zip((one, two), leasts, strict=True)
+    ]
+    total = kept[0] * votes[0] + kept[1] * votes[1]
+    if elect:
+        sign = np.where((total >= 0) if elect > 0 else (total > 0), 1, -1)
+        parts = [change * weight for change, weight in zip(kept, weights, strict=True)]
+        agrees = [part * sign > 0 for part in parts]
+        total = sum(part * a for part, a in zip(parts, agrees, strict=True))
+        surviving = sum(weight * a for weight, a in zip(weights, agrees, strict=True))
+        total = total / np.where(surviving >= floor, surviving, otherwise)
+    expected = total * scale + (base if onto else 0)
+    assert np.array_equal(out, expected.astype(real))
+
+
+@LAWS
+@given(size=SIZES, real=REALS, seed=st.integers(0, 10**6), count=st.integers(1, 3))
+def test_reductions(size: int, real: type, seed: int, count: int) -> None:
+    *models, ground, extra = arrays(size, real, seed, count + 2)
+    chosen = extra > 0
+    wide = np.array(models, float)
+    changes = wide - ground.astype(float)
+    close = pytest.approx
+    assert loops.products(tuple(models), None, None) == close(wide @ wide.T)
+    assert loops.products(tuple(models), ground, None) == close(changes @ changes.T)
+    some = changes[:, chosen]
+    assert loops.products(tuple(models), ground, chosen) == close(some @ some.T)
+    out = np.empty_like(ground)
+    loops.variance(out, tuple(models))
+    assert out == close(wide.var(0) * count, abs=1e-6 if real == np.float32 else 1e-14)
+    assert not out[(wide == wide[0]).all(0)].any()
+    loops.magnitude(out, models[0], ground)
+    assert np.array_equal(out, abs(models[0] - ground))
+    low, high = real(1 / 3), real(1)
+    inside = np.empty(size + 1, real)
+    *counts, between = loops.count(out, low, high, inside)
+    assert counts == [(out > 0).sum(), (out > high).sum()]
+    assert np.array_equal(inside[:between], out[(out >= low) & (out <= high)])
+
+
+def test_what_is_no_number_shows() -> None:
+    model, ground = np.array([np.nan, 1], np.float32), np.zeros(2, np.float32)
+    ones, out = np.ones(1, np.float32), np.zeros(2, np.float32)
+    for elect in (-1, 0, 1):
+        loops.combine(
+            out, (model,), ground, None, ones / 2, ones, ones, elect, *ones, *ones, *ones, ground
+        )
+        assert np.isnan(out[0])
+        assert out[1] == 1
