@@ -6,7 +6,6 @@ The questions are made up here; lm-eval's task files, filters and checks are its
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,23 +29,10 @@ from harness.scores import _scores
 from harness.scoring import SharedPrefixLM, stock
 from harness.speaking import Speaking
 from harness.stock_tasks import lacking, lay_out
-from harness.tiny import make_model
 from tasks.open_questions import gsm8k, ifeval
 from tasks.suite import load_suite
 
 TOKENS = 16  # of an answer; the tiny models have no room for more
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def made(name: str) -> Path:
-        if not (home / name).exists():
-            make_model(name, home / name)
-        return home / name
-
-    return made
 
 
 def sums(count: int) -> list[dict[str, Any]]:
@@ -117,15 +103,15 @@ def answered(loaded: Loaded, lm: Any) -> dict[int, tuple[str, dict[str, float]]]
 @pytest.mark.parametrize("name", ["gsm8k", "ifeval"])
 @pytest.mark.parametrize("model", ["llama", "gemma", "neox"])
 def test_texts_and_scores_are_those_of_lm_evals_own_loop(
-    name: str, model: str, tiny: Callable[[str], Path], tmp_path: Path, request: Any
+    name: str, model: str, tiny: dict[str, Path], tmp_path: Path, request: Any
 ) -> None:
     if name == "ifeval":
         request.getfixturevalue("checks")
     data = folder(tmp_path / "data", name)
     loaded = load(name, data, None, 17, load_suite(name))
-    ours = answered(loaded, SharedPrefixLM(str(tiny(model)), device="cpu"))
+    ours = answered(loaded, SharedPrefixLM(str(tiny[model]), device="cpu"))
     chat = model != "neox"  # which has no template
-    lm = stock(str(tiny(model)), "cpu")
+    lm = stock(str(tiny[model]), "cpu")
     if model == "llama":  # lm-eval would begin with a BOS if this tokenizer had one
         assert lm.tokenizer.bos_token is None  # type: ignore[attr-defined]
     theirs: Any = lm_eval.simple_evaluate(
@@ -166,10 +152,10 @@ def test_solved_examples_are_turns_and_the_plain_prompt_holds_the_same(tmp_path:
 
 
 def test_a_row_says_whether_it_was_asked_by_its_template(
-    tiny: Callable[[str], Path], tmp_path: Path
+    tiny: dict[str, Path], tmp_path: Path
 ) -> None:
     loaded = load("gsm8k", folder(tmp_path / "data", "gsm8k"), 2, 17, load_suite("gsm8k"))
-    models = {n: SharedPrefixLM(str(tiny(n)), device="cpu") for n in ("llama", "neox")}
+    models = {n: SharedPrefixLM(str(tiny[n]), device="cpu") for n in ("llama", "neox")}
     assert read_as(models["llama"], loaded.items) == ({"asked": "chat"}, [])
     how, told = read_as(models["neox"], loaded.items)
     assert how == {"asked": "plain"}
@@ -182,10 +168,10 @@ def test_a_row_says_whether_it_was_asked_by_its_template(
     "rule", ["mean_probability", "packllm_sim", "top1", "majority_vote", "byte_exact"]
 )
 def test_a_pair_answers_conversations_as_it_goes_on_from_what_its_template_writes(
-    rule: str, tiny: Callable[[str], Path], tmp_path: Path
+    rule: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
     loaded = load("gsm8k", folder(tmp_path / "data", "gsm8k"), 3, 17, load_suite("gsm8k"))
-    lm = SharedPrefixLM(str(tiny("gemma")), device="cpu")
+    lm = SharedPrefixLM(str(tiny["gemma"]), device="cpu")
     same = build(lm.tokenizer, lm.tokenizer)
     pair = EnsembleLM([lm, lm], rule, {}, [same])
     talks = [item.requests[0] for item in loaded.items]
@@ -193,9 +179,9 @@ def test_a_pair_answers_conversations_as_it_goes_on_from_what_its_template_write
     assert pair.generate(talks) == pair.generate(written)
 
 
-def test_members_read_their_own_templates(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_members_read_their_own_templates(tiny: dict[str, Path], tmp_path: Path) -> None:
     loaded = load("gsm8k", folder(tmp_path / "data", "gsm8k"), 2, 17, load_suite("gsm8k"))
-    models = [SharedPrefixLM(str(tiny(name)), device="cpu") for name in ("llama", "gemma", "neox")]
+    models = [SharedPrefixLM(str(tiny[name]), device="cpu") for name in ("llama", "gemma", "neox")]
     maps = [build(m.tokenizer, models[0].tokenizer) for m in models[1:]]
     pack = EnsembleLM(models, "packllm_sim", {}, maps)
     requests = [item.requests[0] for item in loaded.items]
@@ -217,7 +203,7 @@ def test_members_read_their_own_templates(tiny: Callable[[str], Path], tmp_path:
     assert [w.tolist() for w in weights] == [w.tolist() for w in again]
 
 
-def test_given_answers_are_not_scored_by_an_ensemble(tiny: Callable[[str], Path]) -> None:
+def test_given_answers_are_not_scored_by_an_ensemble(tiny: dict[str, Path]) -> None:
     item: Any = SimpleNamespace(
         requests=[SimpleNamespace(request_type="loglikelihood", args=("\ue002[]", "a"), repeats=1)],
         doc={},
