@@ -4,7 +4,8 @@ For every position the K likeliest next tokens with natural log-probabilities un
 softmax, the log of the mass outside them, and the log-probability of the token that came. The store
 is source-native: any target, vocabulary map or fusion function can read it. One shard a block,
 written as `fusion.codec` says; `index.jsonl` names each with its checksum and is appended after the
-shard is on disk, so an interrupted capture loses at most the block at hand.
+shard is on disk, so an interrupted capture loses at most the block at hand. Several processes may
+each write some of the blocks; what they say of a shard lies beside it until it is in the index.
 
 Shapes: S source positions of a block, K kept entries, U source vocabulary, D hidden width.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,32 +123,101 @@ def capture(
     template: as for `corpus.read_piece`.
     progress: told the number of finished blocks.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    vocabulary = embedding_rows(model)
-    written = {"k": k, "codec": CODEC, "step": STEP, "vocabulary": vocabulary}
-    (path / "header.json").write_text(json.dumps(header | written))
+    write_header(model, path, k, header)
     done = _read_index(path)
-    with (path / "index.jsonl").open("w") as index:
-        for entry in done:
-            index.write(json.dumps(entry) + "\n")
+    _replace(path / "index.jsonl", "".join(json.dumps(e) + "\n" for e in done).encode())
+    with (path / "index.jsonl").open("a") as index:
         for number in range(len(done), len(blocks)):
             progress(number)
-            rows = predict(model, tokenizer, blocks[number], k, template)
-            shard = f"shard-{number:05d}.bin"
-            content, size = encode(rows, vocabulary)
-            (path / shard).write_bytes(content)
-            entry = {
-                "shard": shard,
-                "bytes": len(content),
-                "uncompressed": size,
-                "positions": len(rows.ids),
-                "read": sum(len(read_piece(tokenizer, p, template)[0]) for p in blocks[number]),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
+            entry = _beside(path, number)
+            if entry is None:
+                entry = _write(model, tokenizer, blocks[number], path, number, k, template)
             index.write(json.dumps(entry) + "\n")
             index.flush()
+    for said in path.glob("shard-*.json"):
+        said.unlink()
     progress(len(blocks))
     return Store(path)
+
+
+def write_header(model: PreTrainedModel, path: Path, k: int, header: dict) -> None:
+    """Say in a folder what its shards are of."""
+    path.mkdir(parents=True, exist_ok=True)
+    written = {"k": k, "codec": CODEC, "step": STEP, "vocabulary": embedding_rows(model)}
+    _replace(path / "header.json", json.dumps(header | written).encode())
+
+
+def capture_block(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block: Sequence[Piece],
+    path: Path,
+    number: int,
+    k: int,
+    template: str = "own",
+) -> None:
+    """Write one block's shard, with its line of the index beside it: `gather` takes it up."""
+    entry = _write(model, tokenizer, block, path, number, k, template)
+    _replace(path / f"shard-{number:05d}.json", json.dumps(entry).encode())
+
+
+def missing(path: Path, count: int) -> list[int]:
+    """The blocks, of so many, that neither the index nor a line beside a shard has."""
+    return [n for n in range(len(_read_index(path)), count) if _beside(path, n) is None]
+
+
+def gather(path: Path, count: int) -> Store:
+    """The store of blocks that were captured one by one, as if one process had captured them all.
+
+    RunError if one is missing.
+    """
+    absent = missing(path, count)
+    if absent:
+        raise RunError(f"{path}: blocks {', '.join(map(str, absent))} are missing; run again")
+    done = _read_index(path)
+    done += [entry for n in range(len(done), count) if (entry := _beside(path, n))]
+    _replace(path / "index.jsonl", "".join(json.dumps(e) + "\n" for e in done).encode())
+    for said in path.glob("shard-*.json"):
+        said.unlink()
+    return Store(path)
+
+
+def _beside(path: Path, number: int) -> dict | None:
+    try:
+        return dict(json.loads((path / f"shard-{number:05d}.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block: Sequence[Piece],
+    path: Path,
+    number: int,
+    k: int,
+    template: str,
+) -> dict:
+    """Write a block's shard; its line of the index."""
+    rows = predict(model, tokenizer, block, k, template)
+    shard = f"shard-{number:05d}.bin"
+    content, size = encode(rows, embedding_rows(model))
+    _replace(path / shard, content)
+    return {
+        "shard": shard,
+        "bytes": len(content),
+        "uncompressed": size,
+        "positions": len(rows.ids),
+        "read": sum(len(read_piece(tokenizer, piece, template)[0]) for piece in block),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """A file, whole or not at all; no two processes write into one another's."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def read_block(

@@ -285,7 +285,10 @@ class Machine(Section):
     micro_batch: int = operational(1, "blocks a forward pass when training", ge=1)
     gradient_checkpointing: bool = operational(False, "less memory, more time")
     checkpoint_every: int = operational(50, "optimizer steps between checkpoints", ge=1)
-    processes: int = operational(1, "training processes on this machine, through torchrun", ge=1)
+    processes: int = operational(1, "training processes on a host, through torchrun", ge=1)
+    hosts: int = operational(
+        1, "hosts that train together; the others say `kfuse join` on the same store", ge=1
+    )
     deepspeed: str | None = operational(
         None, "zero2, zero3, zero3_offload, or a DeepSpeed config file: how processes share a model"
     )

@@ -65,6 +65,18 @@ class FusedTargets:
         fused, _ = fused_block(self.fuse, sources, self.maps, block, pairs)
         return _padded(fused, labelled)
 
+    def nothing(self) -> dict[str, np.ndarray]:
+        """The targets of one position that nothing is said of, as `row` gives them."""
+        if self.fuse.objective == "alm":
+            index = np.full((1, len(self.stores)), -1)
+            empty = np.zeros(1, dtype=np.float32)
+            return {"chunk_index": index, "chunk_logprobs": empty, "chunk_weights": np.zeros(1)}
+        return {
+            "target_ids": np.full((1, 1), -1),
+            "target_probabilities": np.zeros((1, 1), dtype=np.float32),
+            "target_weights": np.zeros(1),
+        }
+
 
 def won(rows: Sequence[str], stores: Sequence[str], corpus: str) -> dict[str, int]:
     """How many blocks each source predicts best, in bits per byte; a tie goes to the earlier.

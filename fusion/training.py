@@ -26,7 +26,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
+from fusion import restart
 from fusion.corpus import Piece, read_blocks
+from fusion.errors import RunError
 from fusion.lora import adapt, write
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
@@ -42,6 +44,8 @@ class Blocks(Dataset):
 
     together: the pieces of a block see each other, and each one's end predicts the next one's
     beginning, as in the published code (`packing: concatenate@reference`).
+    step: blocks of an optimizer step. Where fewer are left for the last one, each weighs more and
+    rows that weigh nothing make up the number, so that a step is the same however it is shared out.
     """
 
     def __init__(
@@ -49,15 +53,19 @@ class Blocks(Dataset):
         blocks: Sequence[Sequence[Piece]],
         targets: FusedTargets | None = None,
         together: bool = False,
+        step: int = 1,
     ) -> None:
         self.blocks = blocks
         self.targets = targets
         self.together = together
+        self.step = step
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return -(-len(self.blocks) // self.step) * self.step
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index >= len(self.blocks):
+            return _nothing() | (self.targets.nothing() if self.targets else {})
         block = self.blocks[index]
         ids = np.concatenate([piece.ids for piece in block])
         runs = [len(ids)] if self.together else [len(piece.ids) for piece in block]
@@ -74,7 +82,16 @@ class Blocks(Dataset):
         }
         if self.targets:
             row |= self.targets.row(index, block, labelled=~last)
-        return row
+        held = min(self.step, len(self.blocks) - index // self.step * self.step)
+        weigh = {key: row[key] * (self.step / held) for key in row if key.endswith("_weights")}
+        return row | weigh
+
+
+def _nothing() -> dict[str, np.ndarray]:
+    """A row of one token that nothing is learned from."""
+    row = {key: np.zeros(1, dtype=np.int64) for key in ("input_ids", "position_ids")}
+    row |= {"segments": np.ones(1, dtype=np.int64), "labels": np.full(1, IGNORED)}
+    return row | {"label_weights": np.zeros(1)}
 
 
 def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -144,14 +161,15 @@ def attach_loss(model: PreTrainedModel, fuse: Fuse | None) -> None:
 class FusionTrainer(Trainer):
     """The Trainer, reading blocks in their packed order and keeping the loss's parts.
 
-    λ of step n of N is start + (end − start) n / N, with n from 0.
+    λ of step n of N is start + (end − start) n / N, with n from 0. Its checkpoints are those of
+    `fusion.restart`, so that other processes may go on from them.
     """
 
     def __init__(self, *args: Any, fuse: Fuse | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.clm_weight = fuse.weight_at if fuse else Decay(start=1.0, end=1.0)
         self.model_accepts_loss_kwargs = False  # every block weighs the same; see `collate`
-        self.parts: list[tuple[float, float, float, int]] = []
+        self.parts: list[tuple[float, float, int, int]] = []
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(cast("Blocks", self.train_dataset))
@@ -164,32 +182,76 @@ class FusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labelled = inputs["label_weights"] > 0
-        covered = torch.tensor(0.0)
+        covered = torch.tensor(0)
         if "target_weights" in inputs:
-            covered = (inputs["target_weights"] > 0).sum() / labelled.sum()
+            covered = (inputs["target_weights"] > 0).sum()
         elif "chunk_index" in inputs:
-            covered = (inputs["chunk_index"] >= 0).any(-1).sum() / labelled.sum()
+            covered = (inputs["chunk_index"] >= 0).any(-1).sum()
         start, end = self.clm_weight.start, self.clm_weight.end
         passed = self.state.global_step / max(1, self.state.max_steps)
         out = model(**inputs, clm_weight=start + (end - start) * passed)
         self.parts.append(
-            (out["clm"].item(), out["fusion"].item(), covered.item(), int(labelled.sum()))
+            (out["clm"].item(), out["fusion"].item(), int(covered), int(labelled.sum()))
         )
         return (out["loss"], out) if return_outputs else out["loss"]
 
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train, from the beginning or from a checkpoint."""
+        if checkpoint:
+            restart.read_weights(checkpoint, self._own_model())
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _own_model(self) -> nn.Module:
+        return cast("nn.Module", self.model)
+
+    def _own_optimizer(self) -> Any:
+        shared: Any = self.deepspeed
+        return shared.optimizer if self.is_deepspeed_enabled else self.optimizer
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Nothing: the weights are there before processes share them."""
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        checkpoint = resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if checkpoint:
+            step = self.state.global_step
+            restart.read_moments(Path(checkpoint), self._own_model(), self._own_optimizer(), step)
+            restart.set_schedule(self.lr_scheduler, step)
+        return prepared
+
+    def _save_checkpoint(self, *_: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        writes = self.is_world_process_zero()
+        restart.write(folder, self._own_model(), self._own_optimizer(), writes)
+        self._save_rng_state(str(folder))
+        if writes:  # the state last: it says that the rest is whole
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            for older in folder.parent.glob("checkpoint-*"):
+                if older != folder:
+                    shutil.rmtree(older, ignore_errors=True)
+
 
 class TrainingLog(TrainerCallback):
-    """Appends a line a step to `training.csv`; a resumed run cuts it back to its checkpoint."""
+    """Appends a line a step to `training.csv`; a resumed run cuts it back to its checkpoint.
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    Of several processes one `writes`.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, writes: bool = True) -> None:
         self.path = path
         self.started = time.monotonic()
         rows = []
+        self.seconds, self.tokens = 0.0, 0
+        if not writes:
+            return
         if path.exists() and resumed_step:
             with path.open(newline="") as lines:
                 rows = [r for r in csv.DictReader(lines) if int(r["step"]) <= resumed_step]
-        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
-        self.tokens = int(rows[-1]["tokens"]) if rows else 0
+        if rows:
+            self.seconds, self.tokens = float(rows[-1]["seconds"]), int(rows[-1]["tokens"])
         with path.open("w", newline="") as out:
             writer = csv.DictWriter(out, LOG_COLUMNS)
             writer.writeheader()
@@ -201,12 +263,14 @@ class TrainingLog(TrainerCallback):
         trainer: FusionTrainer = self.trainer  # type: ignore[attr-defined]
         if not logs or "learning_rate" not in logs or not trainer.parts:
             return
-        parts = np.array(trainer.parts)
+        parts = torch.tensor(trainer.parts, dtype=torch.float64, device=args.device)
         trainer.parts.clear()
+        whole = trainer.accelerator.reduce(parts.sum(dim=0)).tolist()
         if not state.is_world_process_zero:
             return
-        self.tokens += int(parts[:, 3].sum()) * args.world_size
-        clm, fusion, coverage = parts[:, :3].mean(axis=0)
+        clm, fusion = (part / (len(parts) * args.world_size) for part in whole[:2])
+        coverage = whole[2] / whole[3]
+        self.tokens += int(whole[3])
         seconds = self.seconds + time.monotonic() - self.started
         row = (state.global_step, self.tokens, round(seconds, 3), logs["loss"], clm, fusion)
         with self.path.open("a", newline="") as out:
@@ -215,13 +279,19 @@ class TrainingLog(TrainerCallback):
 
 def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
     train, machine = job["train"], job["machine"]
-    micro = machine["micro_batch"]
+    share, left = divmod(train["batch_blocks"], world)
+    if left:
+        raise RunError(
+            f"{world} processes cannot share the {train['batch_blocks']} blocks of an optimizer "
+            "step evenly; start a number of processes that divides them"
+        )
+    micro = max(n for n in range(1, machine["micro_batch"] + 1) if share % n == 0)
     total = max(1, -(-job["blocks"] // train["batch_blocks"])) * train["epochs"]
     total = job.get("steps") or total
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, train["batch_blocks"] // (micro * world)),
+        gradient_accumulation_steps=share // micro,
         num_train_epochs=train["epochs"],
         max_steps=job.get("steps") or -1,
         learning_rate=train["learning_rate"],
@@ -240,7 +310,6 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         ddp_find_unused_parameters=False if job.get("lora") else None,
         save_strategy="steps",
         save_steps=machine["checkpoint_every"],
-        save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
         seed=job["seed"],
@@ -252,19 +321,6 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         disable_tqdm=not machine["progress"],
         log_level="error",
     )
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; the Trainer writes its state file last."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append(
-                (json.loads((path / "trainer_state.json").read_text())["global_step"], path)
-            )
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
 
 
 def train(job: dict) -> dict[str, float]:
@@ -286,20 +342,26 @@ def train(job: dict) -> dict[str, float]:
     attach_loss(model, fuse)
     lora = LoRA.model_validate(job["lora"]) if job.get("lora") else None
     trained = adapt(model, lora, job["seed"]) if lora else model
-    checkpoint = last_checkpoint(out / "checkpoints")
+    writes = arguments.process_index == 0
+    checkpoint = restart.agreed(out / "checkpoints", writes)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    log = TrainingLog(out / "training.csv", step)
+    log = TrainingLog(out / "training.csv", step, writes)
     trainer = FusionTrainer(
         model=trained.train(),
         args=arguments,
         fuse=fuse,
-        train_dataset=Blocks(blocks, targets, job["packing"] == "concatenate@reference"),
+        train_dataset=Blocks(
+            blocks,
+            targets,
+            job["packing"] == "concatenate@reference",
+            job["train"]["batch_blocks"],
+        ),
         data_collator=collate,
         callbacks=[log],
     )
     log.trainer = trainer  # type: ignore[attr-defined]
     trainer.remove_callback(PrinterCallback)  # the log has it all
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.go_on(checkpoint)
     if not lora:
         trainer.save_model(str(out))
     elif trainer.is_world_process_zero():

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusion.errors import RunError
+from harness.locks import owned
 from harness.store import finish, identity, read_manifest, world
 from tasks.datasets import DATASETS
 
@@ -211,14 +212,16 @@ def prepare_data(names: Sequence[str], home: Path, data: Path | None = None) -> 
     folder = home / "data" / f"questions-{key[:8]}"
     if read_manifest(folder):
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    sets = {}
-    for name in names:
-        documents, place = _documents(name, home, data)
-        path = folder / f"{name}.jsonl"
-        write_lines(path, documents)
-        sets[name] = {"from": place, "rows": len(documents), "sha256": _sha256(path)}
-    finish(folder, {"kind": "data", "identity": key, "wheels": wheels, "sets": sets})
+    with owned(home, folder.name):
+        if not read_manifest(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            sets = {}
+            for name in names:
+                documents, place = _documents(name, home, data)
+                path = folder / f"{name}.jsonl"
+                write_lines(path, documents)
+                sets[name] = {"from": place, "rows": len(documents), "sha256": _sha256(path)}
+            finish(folder, {"kind": "data", "identity": key, "wheels": wheels, "sets": sets})
     return folder
 
 

@@ -29,6 +29,7 @@ from fusion.training import Blocks, collate
 from fusion.vocabulary import build as build_map
 from fusion.vocabulary import load_map
 from harness.bench_ensembles import ensembles
+from harness.bench_executor import executor
 from harness.bench_merging import merging
 from harness.bench_report import report
 from harness.build import build, device, model_folder
@@ -210,6 +211,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "ensembles": ensembles,
     "merging": merging,
     "report": report,
+    "executor": executor,
 }
 
 

@@ -17,14 +17,15 @@ from typing import Any
 
 from fusion.errors import RecipeError, RunError
 from fusion.spec import Merge
+from harness.capturing import capture_step, with_shares
 from harness.costs import Meter, budget, counted, written
 from harness.launching import launch
+from harness.locks import owned
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say, working
 from harness.store import (
     finish,
     identity,
-    provenance,
     read_manifest,
     require_space,
     world,
@@ -42,20 +43,33 @@ def build(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
         if step.identity not in wanted or step.done:
             continue
         blocked = next((failed[need] for need in step.needs if need in failed), None)
-        if blocked:
-            failed[step.identity] = blocked
-            continue
-        (step.folder / "failed.json").unlink(missing_ok=True)
-        try:
+        reason = blocked or make(plan, step)
+        if reason:
+            failed[step.identity] = reason
+    return {row: failed[plan.identities[row]] for row in rows if plan.identities[row] in failed}
+
+
+def make(plan: Plan, step: Step) -> str | None:
+    """Carry out one step, unless another process has by now; the reason if it could not be."""
+    try:
+        with owned(plan.home, step.folder.name):
+            if step.done:
+                return None
+            (step.folder / "failed.json").unlink(missing_ok=True)
             with working(plan.home, step.folder.name):
                 _carry_out(plan, step)
-        except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
-            failed[step.identity] = f"{step.kind} {step.name} failed: {error}"
-            with suppress(OSError, RunError):  # for `kfuse status`
-                step.folder.mkdir(parents=True, exist_ok=True)
-                write_json(step.folder / "failed.json", {"reason": str(error)})
-            say(f"{step.kind} {step.name}: {error}")
-    return {row: failed[plan.identities[row]] for row in rows if plan.identities[row] in failed}
+    except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
+        note_failure(step, str(error))
+        say(f"{step.kind} {step.name}: {error}")
+        return f"{step.kind} {step.name} failed: {error}"
+    return None
+
+
+def note_failure(step: Step, reason: str) -> None:
+    """Leave in a step's folder why it failed, for `kfuse status` and the next report."""
+    with suppress(OSError, RunError):
+        step.folder.mkdir(parents=True, exist_ok=True)
+        write_json(step.folder / "failed.json", {"reason": reason})
 
 
 def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
@@ -77,7 +91,7 @@ def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
 
 def _carry_out(plan: Plan, step: Step) -> None:
     say(f"{step.kind} {step.name} → {step.folder.name}" + (" (going on)" if step.started else ""))
-    meter = Meter(_gpus(plan, step), here=step.kind != "train" or not _launches(plan))
+    meter = Meter(held_gpus(plan, step), here=step.kind != "train" or not _launches(plan))
     try:
         step.folder.mkdir(parents=True, exist_ok=True)
         if step.disk:
@@ -85,7 +99,8 @@ def _carry_out(plan: Plan, step: Step) -> None:
         facts = STAGES[step.kind](plan, step)
     except OSError as error:
         raise world(error, step.folder) from error
-    cost = meter.cost() | counted(plan, step) | {"bytes": written(step.folder)}
+    cost = with_shares(step.folder, meter.cost()) | counted(plan, step)
+    cost |= {"bytes": written(step.folder)}
     finish(
         step.folder,
         {
@@ -101,18 +116,19 @@ def _carry_out(plan: Plan, step: Step) -> None:
     )
 
 
-def _gpus(plan: Plan, step: Step) -> int:
+def held_gpus(plan: Plan, step: Step) -> int:
     """How many GPUs a stage holds: one for each process of those that run models."""
     models = ("capture", "train", "statistics")
     if step.kind not in models or not device(plan).startswith("cuda"):
         return 0
-    return plan.recipe.machine.processes if step.kind == "train" else 1
+    machine = plan.recipe.machine
+    return machine.processes * machine.hosts if step.kind == "train" else 1
 
 
 def _launches(plan: Plan) -> bool:
     """Whether training runs in processes of its own."""
     machine = plan.recipe.machine
-    return machine.processes > 1 or machine.deepspeed is not None
+    return machine.processes * machine.hosts > 1 or machine.deepspeed is not None
 
 
 def _deepspeed(name: str | None) -> str | None:
@@ -193,38 +209,6 @@ def model_folder(plan: Plan, row: str) -> Path:
         weights_again(plan.home, row, folder)
     snapshot = (manifest or {}).get("facts", {}).get("snapshot")
     return Path(snapshot) if snapshot else folder
-
-
-def _capture(plan: Plan, step: Step) -> dict[str, Any]:
-    """One source's distributions over the blocks."""
-    from fusion.corpus import read_blocks
-    from fusion.distributions import capture
-    from fusion.models import load_model, load_tokenizer
-    from fusion.tokens import fingerprint
-
-    blocks = read_blocks(plan.steps[step.content["corpus"]].folder / "blocks.parquet")
-    folder = model_folder(plan, step.content["row"])
-    model = load_model(folder, step.content["dtype"], device(plan))
-    tokenizer = load_tokenizer(folder)
-    header = {
-        "model": step.content["source"],
-        "tokenizer": fingerprint(tokenizer),
-        "corpus": step.content["corpus"],
-        "dtype": step.content["dtype"],
-        "code": provenance() | {"capture": step.content["version"]},
-    }
-    with bar(f"{step.name} · distributions, blocks", len(blocks)) as progress:
-        store = capture(
-            model,
-            tokenizer,
-            blocks,
-            step.folder,
-            step.content["top_k"],
-            header,
-            progress,
-            step.content.get("template", "own"),
-        )
-    return {"blocks": len(store), "positions": sum(e["positions"] for e in store.index)}
 
 
 def _map(plan: Plan, step: Step) -> dict[str, Any]:
@@ -335,8 +319,8 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
         trained = adapter_weights(skeleton(job["init"]), train.lora, where)
     write_json(step.folder / "job.json", job)
     if _launches(plan):
-        launch(step.folder / "job.json", machine.processes)
-        facts: dict[str, Any] = {"processes": machine.processes}
+        launch(step.folder / "job.json", machine.processes, machine.hosts)
+        facts: dict[str, Any] = {"processes": machine.processes, "hosts": machine.hosts}
     else:
         from fusion.training import train as run
 
@@ -409,7 +393,7 @@ def _by_mergekit(plan: Plan, step: Step, section: Merge) -> dict[str, Any]:
 STAGES: Mapping[str, Callable[[Plan, Step], dict[str, Any]]] = {
     "fetch": _fetch,
     "pack": _pack,
-    "capture": _capture,
+    "capture": capture_step,
     "map": _map,
     "train": _train,
     "statistics": _statistics,

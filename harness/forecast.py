@@ -112,13 +112,12 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
     from harness.measuring import Measuring
 
     where = gpu or device(plan)
-    sizes = {row: _model(plan, row) for row in plan.recipe.sources}
     measuring, questions = Measuring(plan), {}
     for step in steps:
         if step.kind == "evaluate" and step.name not in questions:
-            questions[step.name] = _questions(plan, measuring, step)
-    rates = _rates(plan, where)
-    work = [_work(plan, step, sizes, questions, rates, where) for step in steps]
+            questions[step.name] = counted(plan, measuring, step)
+    work = works(plan, steps, questions, where, rates_of(plan, where))
+    sizes = _sizes(plan)
     trained = [
         (known[1], BYTES[_dtype(plan, step)])
         for step in steps
@@ -132,12 +131,32 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
         _memory(where),
         where,
         gpu is not None,
-        plan.recipe.machine.processes,
+        plan.recipe.machine.processes * plan.recipe.machine.hosts,
         max(trained, default=None),
     )
 
 
-def _rates(plan: Plan, where: str) -> dict[str, Rates]:
+def works(
+    plan: Plan,
+    steps: Sequence[Step],
+    questions: dict[str, Questions],
+    where: str,
+    rates: dict[str, Rates],
+) -> list[Work]:
+    """What each step takes; questions: by suite, of all measurements among the steps.
+
+    rates: by the dtype of models; seconds are in their terms. where: a device or a kind of GPU.
+    """
+    sizes = _sizes(plan)
+    return [_work(plan, step, sizes, questions, rates, where) for step in steps]
+
+
+def _sizes(plan: Plan) -> Sizes:
+    return {row: _model(plan, row) for row in plan.recipe.sources}
+
+
+def rates_of(plan: Plan, where: str) -> dict[str, Rates]:
+    """How fast models of the recipe's dtypes are: calibrated, or by a GPU's data sheet."""
     from fusion.rates import GPUS, measure, stated
 
     trains = {v.train.dtype for v in plan.recipe.variants.values() if v.train}
@@ -178,7 +197,8 @@ def _model(plan: Plan, row: str) -> tuple[Size, int] | None:
     return size(model), sum(weight.numel() for weight in model.parameters())
 
 
-def _questions(plan: Plan, measuring: Any, step: Step) -> Questions:
+def counted(plan: Plan, measuring: Any, step: Step) -> Questions:
+    """What a measurement's suite asks; measuring: a `Measuring` of the plan."""
     try:
         loaded: Loaded = measuring.suite(step)
     except RunError as error:
@@ -292,13 +312,13 @@ def _trained(plan: Plan, step: Step, weights: int, where: str) -> int | None:
     machine = plan.recipe.machine
     beside = machine.processes if where == "cpu" else 1
     how = sharding(machine.deepspeed, machine.fsdp)
-    width = BYTES[_dtype(plan, step)]
+    width, processes = BYTES[_dtype(plan, step)], machine.processes * machine.hosts
     train = plan.recipe.variants[step.rows[0]].train
     if train is None or train.lora is None:
-        return beside * kept(weights, how, machine.processes, width)
+        return beside * kept(weights, how, processes, width)
     if _unseen(plan, train):
         return None
-    trained = kept(adapters(plan, train) or 0, how, machine.processes, width)
+    trained = kept(adapters(plan, train) or 0, how, processes, width)
     return beside * (trained + weights * (4 if how == "none" else width))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness.locks import owned
 from harness.plan import Plan, Step
 from harness.progress import say
 from harness.store import read_manifest, require_space, world, write_json
@@ -84,7 +85,7 @@ def _compressed(plan: Plan, row: str, folder: Path, bits: float | str) -> dict[s
         )
     require_space(folder, sum(p.stat().st_size for p in _weights(folder)) * 2, f"keeping {row}")
     facts = compress(folder, base, folder, bits)
-    with _beside(folder) as restored:
+    with _alone(plan.home, folder) as restored:
         facts = restore(folder, base, restored)
         texts = _texts(plan)
         measured: list[float] = []
@@ -158,13 +159,15 @@ def _weights(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside one, gone afterwards."""
+def _alone(home: Path, folder: Path) -> Iterator[Path]:
+    """A hidden folder beside one, gone afterwards, while no other process changes its weights."""
     hidden = folder.with_name(f".{folder.name}.restored")
-    try:
-        yield hidden
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    with owned(home, f"{folder.name}.weights"):
+        shutil.rmtree(hidden, ignore_errors=True)  # of a process that was ended
+        try:
+            yield hidden
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def weights_again(
@@ -189,7 +192,9 @@ def weights_again(
             f"source, or delete {folder} to make the row again"
         )
     base = _base(home, kept, (*above, folder))
-    with _beside(folder) as restored:
+    with _alone(home, folder) as restored:
+        if whole(folder):  # another process was faster
+            return
         restore(folder, base, restored)
         for path in _weights(folder):  # of a move that was interrupted
             path.unlink()

@@ -1,32 +1,102 @@
-"""Training in several processes."""
+"""Training in several processes, on this host or with others."""
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fusion.errors import RunError
+from harness.progress import say, saying
+
+PATIENCE = 600  # seconds that hosts wait for each other
 
 
-def launch(job: Path, processes: int) -> None:
-    """Run a training job in several processes; RunError with the end of its output if it fails."""
+def launch(job: Path, processes: int, hosts: int = 1) -> None:
+    """Run a training job in several processes; RunError with the end of its output if it fails.
+
+    hosts: more than one call others through the store (`harness.hosts`) and wait for them.
+    """
+    log = job.with_name("training.log")
+    if hosts == 1:
+        _torchrun(job, processes, ["--standalone"], log)
+        return
+    # As torchrun's users name the first host, if they do.
+    address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    call = {
+        "id": uuid.uuid4().hex,
+        "endpoint": f"{address}:{os.environ.get('MASTER_PORT') or _free_port()}",
+        "hosts": hosts,
+        "processes": processes,
+        "job": str(job),
+    }
+    others = "another host" if hosts == 2 else f"{hosts - 1} other hosts"
+    say(f"{job.parent.name}: with {others}, which `kfuse join` this recipe")
+    with saying(training=call):
+        _torchrun(job, processes, _meeting(call, first=True), log)
+
+
+def help_out(call: dict[str, Any]) -> None:
+    """Train with the host that calls; RunError as in `launch`."""
+    job = Path(call["job"])
+    _require(job)
+    log = job.with_name(f"training.{socket.gethostname()}.{os.getpid()}.log")
+    _torchrun(job, call["processes"], _meeting(call, first=False), log)
+
+
+def _require(path: Path) -> None:
+    """RunError if this host does not see what a job names."""
+    try:
+        job = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read here ({error}); hosts share one store") from error
+    named = [job["init"], job["corpus"]]
+    for source in job["sources"]:
+        named += [source[key] for key in ("model", "map", "store") if key in source]
+    lost = [name for name in named if not Path(name).exists()]
+    if lost:
+        raise RunError(
+            f"{lost[0]} is not on this host; hosts share the store at the same path, and models of "
+            "the hub, too (HF_HOME)"
+        )
+
+
+def _meeting(call: dict[str, Any], first: bool) -> list[str]:
+    """torchrun's options for hosts that meet at the first one's address."""
+    options = ["--nnodes", str(call["hosts"]), "--rdzv-backend", "c10d"]
+    options += ["--rdzv-id", call["id"], "--rdzv-endpoint", call["endpoint"]]
+    wait = f"is_host={str(first).lower()},join_timeout={PATIENCE}"
+    return [*options, "--rdzv-conf", wait]
+
+
+def _torchrun(job: Path, processes: int, options: Sequence[str], log: Path) -> None:
     # torchrun, because accelerate's own launcher starts several CPU processes only through MPI.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    command += ["--nproc_per_node", str(processes), "-m", "fusion.training", str(job)]
     root = str(Path(__file__).resolve().parent.parent)
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     environment |= {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    log = job.with_name("training.log")
     with log.open("w") as out:
-        done = subprocess.run(
-            [*command, "-m", "fusion.training", str(job)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        said = log.read_text(errors="replace")
+        if "RendezvousTimeoutError" in said:
+            raise RunError(
+                f"training: not all hosts came within {PATIENCE // 60} minutes; say `kfuse join` "
+                f"with this recipe on each of the others, on the same store ({log})"
+            )
+        end = "\n".join(said.splitlines()[-15:])
         raise RunError(f"training ended with {done.returncode}; {log} ends:\n{end}")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])

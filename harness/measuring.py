@@ -11,16 +11,16 @@ from typing import Any
 from fusion.errors import RunError
 from fusion.vocabulary import load_map
 from harness.backends import StockLM
-from harness.build import device, model_folder
+from harness.build import device, model_folder, note_failure
 from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, answer, load, unfinished
+from harness.locks import owned
 from harness.plan import Plan, Step, inputs, suite_of
 from harness.progress import say
 from harness.scores import rescore, score
 from harness.scoring import SharedPrefixLM
 from harness.steps import tokenizer_identity
 from harness.stock_tasks import lay_out
-from harness.store import write_json
 from tasks.datasets import DATASETS
 
 
@@ -37,11 +37,6 @@ class Measuring:
         self.row: str | None = None
         self.lm: Any = None
 
-    def built(self, row: str) -> bool:
-        """Whether a row's weights are there."""
-        step = self.plan.steps.get(self.plan.identities[row])
-        return step is None or step.done
-
     def measure(self, row: str, steps: Sequence[Step]) -> dict[str, str]:
         """One row on several suites; reasons by suite for what could not be measured."""
         if self.plan.recipe.machine.shards > 1:
@@ -50,7 +45,7 @@ class Measuring:
         for step in steps:
             try:
                 self.answer(row, step)
-                score(self.plan, step, self.suite(step))
+                self.score(step)
             except RunError as error:
                 reasons[step.name] = str(error)
         return reasons
@@ -70,6 +65,12 @@ class Measuring:
             self.lm, self.row = self._open(row), row
         lm = self.lm if self.row == row else None  # nothing is left that would need it
         answer(step, loaded, lm, shard, shards, going)
+
+    def score(self, step: Step) -> None:
+        """Derive a measurement's scores, unless another process has; RunError without records."""
+        with owned(self.plan.home, step.folder.name):
+            if not step.done:
+                score(self.plan, step, self.suite(step))
 
     def rescore(self, step: Step) -> None:
         """Derive scores again from a finished measurement's records."""
@@ -98,7 +99,7 @@ class Measuring:
                 reason = found[""]
             if reason is None:
                 try:
-                    score(self.plan, step, loaded)
+                    self.score(step)
                 except RunError as error:
                     reason = str(error)
             if reason is not None:
@@ -219,8 +220,7 @@ def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, st
     """
     measuring = Measuring(plan)
     for row, steps in todo.items():
-        models = [row] if plan.folders[row] else inputs(plan.recipe, row)
-        missing = [model for model in models if not measuring.built(model)]
+        missing = unbuilt(plan, row)
         for step in steps:
             (step.folder / "failed.json").unlink(missing_ok=True)
         if missing:
@@ -230,11 +230,17 @@ def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, st
         for step in steps:
             if step.name in reasons:
                 reason = reasons[step.name]
-                step.folder.mkdir(parents=True, exist_ok=True)
-                write_json(step.folder / "failed.json", {"reason": f"not measured: {reason}"})
+                note_failure(step, f"not measured: {reason}")
                 say(f"{row} · {step.name}: {reason}")
         measuring.release()
     return failures(todo)
+
+
+def unbuilt(plan: Plan, row: str) -> list[str]:
+    """The models that a row is measured with whose weights are not there."""
+    models = [row] if plan.folders[row] else inputs(plan.recipe, row)
+    steps = {model: plan.steps.get(plan.identities[model]) for model in models}
+    return [model for model, step in steps.items() if step and not step.done]
 
 
 def failures(todo: Mapping[str, Sequence[Step]]) -> dict[str, str]:

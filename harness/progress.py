@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fusion.errors import RunError
 from harness.store import write_json
 
 BEAT = 5.0  # seconds between two signs of life
-_at: dict[str, int] = {}  # how far the work is that this process has in hand
+_at: dict[str, Any] = {}  # how far the work is that this process has in hand, and what is said
 
 
 def say(text: str) -> None:
@@ -64,6 +65,17 @@ def _counted(total: int, told: Callable[[int], None]) -> Callable[[int], None]:
 
     _at.update(done=0, total=total)
     return progress
+
+
+@contextmanager
+def saying(**facts: Any) -> Iterator[None]:
+    """Add facts to what this process says of its work in the store, for as long as this lasts."""
+    _at.update(facts)
+    try:
+        yield
+    finally:
+        for name in facts:
+            _at.pop(name, None)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ protocol hashes every prompt, so that a file of its name can only be right or da
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from fusion.conversations import CHAT, said_in
 from fusion.errors import RunError
 from harness.plan import Plan, Step
 from harness.progress import say
-from harness.store import read_manifest, world
+from harness.store import beside, read_manifest, world
 
 if TYPE_CHECKING:
     from harness.evaluate import Item, Loaded
@@ -65,7 +64,7 @@ def _write(path: Path, loaded: Loaded) -> None:
         }
         for item in loaded.items
     ]
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
 

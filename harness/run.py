@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion.errors import RecipeError, RunError
+from harness.hosts import calling
 from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
@@ -25,10 +26,16 @@ def run(
     only: Sequence[str] = (),
     stages: Sequence[str] = ALL,
     dry_run: bool = False,
+    executor: str = "local",
+    address: str | None = None,
 ) -> int:
-    """Carry out a recipe's stages; the exit code. RecipeError, RunError as they come."""
+    """Carry out a recipe's stages; the exit code. RecipeError, RunError as they come.
+
+    executor: local, or ray, whose cluster has an address.
+    """
     started = time.monotonic()
     loaded = load(reference, overrides)
+    _check(loaded, executor, address)
     rows = _rows(loaded, only)
     planned = plan(loaded.recipe, home())
     reopen(planned, rows, stages, dry_run)
@@ -39,11 +46,15 @@ def run(
     waiting = pending(planned, rows, stages)
     if waiting:
         _check_scorers(waiting)
+    if waiting and executor == "local":
         _warn_of_slow_arithmetic(planned)
-    if "build" in stages and any(step.kind != "evaluate" for step in waiting):
-        planned, reasons = _build(loaded, planned, rows)
+    if waiting and executor == "ray":
+        planned, reasons = _elsewhere(loaded, planned, rows, stages, address)
+    elif "build" in stages and any(step.kind != "evaluate" for step in waiting):
+        with calling(planned, loaded.name):
+            planned, reasons = _build(loaded, planned, rows)
     if "evaluate" in stages:
-        reasons |= _evaluate(planned, rows, reasons)
+        reasons |= _evaluate(planned, rows, reasons) if executor == "local" else {}
         reasons |= _keep(planned, rows)
     code = 1 if reasons else 0
     if "report" in stages:
@@ -156,8 +167,36 @@ def _may_run(step: Step, allowed: bool) -> bool:
     return allowed or known is None or not known.executes_code
 
 
+def _check(loaded: Loaded, executor: str, address: str | None) -> None:
+    """RecipeError or RunError, before any work, if nothing can be carried out so."""
+    if executor not in ("local", "ray"):
+        raise RecipeError(
+            f"--executor {executor}: unknown; local (this machine) or ray (a cluster)"
+        )
+    if address and executor != "ray":
+        raise RecipeError(f"--address {address}: belongs to --executor ray")
+    if executor == "ray":
+        from harness.remote import require
+
+        hosts = loaded.recipe.machine.hosts
+        if hosts > 1:
+            raise RecipeError(
+                f"machine.hosts: is {hosts}, but with --executor ray a training is a task of one "
+                "node; leave it out, and give `processes` the GPUs of a node"
+            )
+        require()
+
+
 def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, dict[str, str]]:
-    """Build, hub models first: their content names what follows, once they are here.
+    """Build, hub models first."""
+    from harness.build import build
+
+    planned, reasons = _fetch(loaded, planned, rows)
+    return planned, reasons | build(planned, rows)
+
+
+def _fetch(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, dict[str, str]]:
+    """Fetch hub models: their content names what follows, once they are here.
 
     RunError, before anything is computed, if a package is missing that training needs.
     """
@@ -178,11 +217,40 @@ def _build(loaded: Loaded, planned: Plan, rows: Sequence[str]) -> tuple[Plan, di
     if hub:
         reasons = build(planned, hub)
         planned = plan(loaded.recipe, planned.home)
-    return planned, reasons | build(planned, rows)
+    return planned, reasons
+
+
+def _elsewhere(
+    loaded: Loaded,
+    planned: Plan,
+    rows: Sequence[str],
+    stages: Sequence[str],
+    address: str | None,
+) -> tuple[Plan, dict[str, str]]:
+    """Build and measure on a Ray cluster; reasons as for both."""
+    from harness.remote import carry_out, cluster, wanted
+
+    reasons: dict[str, str] = {}
+    with cluster(address) as ray:
+        if "build" in stages:
+            planned, reasons = _fetch(loaded, planned, rows)
+        steps = wanted(planned, rows) if "build" in stages else []
+        todo = _todo(planned, rows, reasons) if "evaluate" in stages else {}
+        return planned, reasons | carry_out(ray, planned, rows, steps, todo)
 
 
 def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> dict[str, str]:
     """Measure what is built; reasons by "row/suite" for what could not be."""
+    todo = _todo(planned, rows, reasons)
+    if not todo:
+        return {}
+    from harness.measuring import measure_rows
+
+    return measure_rows(planned, todo)
+
+
+def _todo(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> dict[str, list[Step]]:
+    """What is to be measured, by row, of the rows that have no reason not to be."""
     todo: dict[str, list[Step]] = {}
     taken: set[str] = set()  # rows that are the same model are measured once
     for row in rows:
@@ -190,11 +258,7 @@ def _evaluate(planned: Plan, rows: Sequence[str], reasons: dict[str, str]) -> di
             taken.add(planned.identities[row])
             if steps := pending(planned, [row], ("evaluate",)):
                 todo[row] = steps
-    if not todo:
-        return {}
-    from harness.measuring import measure_rows
-
-    return measure_rows(planned, todo)
+    return todo
 
 
 def _keep(planned: Plan, rows: Sequence[str]) -> dict[str, str]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness.locks import owned
 from harness.progress import say
-from harness.store import world
+from harness.store import beside, world
 from reports.parts import decode, encode
 from reports.records import Run
 
@@ -66,7 +66,7 @@ def waiting(folder: Path, labels: Sequence[Mapping[str, Any]]) -> list[int]:
 def write(folder: Path, records: list[dict[str, Any]], label: Mapping[str, Any]) -> None:
     """Write a pack's part, whole or not at all."""
     path = part(folder, label["pack"])
-    partial = folder / f".{path.name}.{os.getpid()}"
+    partial = beside(path)
     try:
         partial.write_bytes(encode(records, label))
         partial.replace(path)
@@ -146,8 +146,8 @@ def set_aside(folder: Path, count: int) -> None:
 def spend(folder: Path, entry: Mapping[str, Any]) -> None:
     """Add a line to the ledger: what measuring a pack once took, and on what."""
     path = folder / LEDGER
-    try:
-        with path.open("ab") as ledger:
+    try:  # machines that share a folder append where each believes its end to be
+        with owned(folder.parent.parent, f"{folder.name}.ledger"), path.open("ab") as ledger:
             ledger.write(b"\n" + json.dumps(entry, default=str).encode() + b"\n")
     except OSError as error:
         raise world(error, path) from error

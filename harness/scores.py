@@ -7,7 +7,6 @@ Programs are executed in the sandbox at this stage, too.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from harness.progress import bar
 from harness.recipe import Recipe
 from harness.rules import mixing
 from harness.samples import SCORES, read, seals, spent
-from harness.store import finish, identity, read_manifest, world
+from harness.store import beside, finish, identity, read_manifest, world
 from reports.corpus import CORPUS_METRICS
 from reports.records import TOKEN_METRIC
 from tasks.suite import Task
@@ -67,7 +66,7 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
         frame = frame.drop(columns="counts")
     frame = frame.astype({"value": "float64", "weight": "float64", "doc_id": "int64"})
     path = folder / SCORES
-    partial = folder / f".{path.name}.{os.getpid()}"
+    partial = beside(path)
     try:
         frame.to_parquet(partial, index=False)
         partial.replace(path)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.progress import BEAT
+from harness.locks import LOST
 from harness.store import read_manifest
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from harness.steps import Plan, Step
 
-LOST = 12 * BEAT  # seconds without a sign after which whoever worked is taken for gone
 State = Literal["done", "running", "lost", "failed", "waiting", "ready"]
 
 
@@ -74,21 +73,21 @@ def _job(
         seconds = (manifest.get("cost") or {}).get("seconds")
         return Job(step, "done", "", seconds)
     found = signs.get(step.folder.name, [])
-    living = [sign for sign in found if _lives(sign)]
+    living = [sign for sign in found if lives(sign)]
     if living:
         return Job(step, "running", "; ".join(map(_where, living)), _left(living, expected))
     if found:
         return Job(step, "lost", f"{_where(found[-1])}; `kfuse run` goes on from there", expected)
     if step.failure:
         return Job(step, "failed", step.failure, expected)
-    missing = [plan.steps[n] for n in _needs(plan, step) if not plan.steps[n].done]
+    missing = [plan.steps[n] for n in needs(plan, step) if not plan.steps[n].done]
     if missing:
         names = dict.fromkeys(f"{need.kind} {need.name}" for need in missing)
         return Job(step, "waiting", f"for {', '.join(names)}", expected)
     return Job(step, "ready", "begun before" if step.started else "", expected)
 
 
-def _needs(plan: Plan, step: Step) -> list[str]:
+def needs(plan: Plan, step: Step) -> list[str]:
     """Identities of the steps that a step stands on; an ensemble's own name none of its members."""
     from harness.build import needed
 
@@ -109,7 +108,7 @@ def _signs(home: Path) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
-def _lives(sign: dict[str, Any]) -> bool:
+def lives(sign: dict[str, Any]) -> bool:
     """Whether a sign is fresh, and its process is there if it is one of this machine."""
     if time.time() - float(sign["seen"]) > LOST:
         return False

@@ -17,7 +17,7 @@ VERSIONS = {
     "pack": 3,
     "capture": 2,
     "map": 2,
-    "train": 1,
+    "train": 2,
     "budget": 1,
     "statistics": 1,
     "merge": 4,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -46,9 +47,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
+def beside(path: Path) -> Path:
+    """Where a file is written before it is renamed into its place: every process has its own."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+
+
 def write_text(path: Path, text: str) -> None:
     """One text file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = beside(path)
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

@@ -26,7 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # These take longest; begun last, they would run alone.
-LONG = ("test_pipeline.py", "test_training.py", "test_interrupts.py", "test_shards.py")
+LONG = (
+    "test_remote.py",
+    "test_pipeline.py",
+    "test_training.py",
+    "test_hosts.py",
+    "test_interrupts.py",
+    "test_shards.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -67,3 +67,19 @@ def test_mistakes_of_a_recipe(machine: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         parse(TEXT.replace("MACHINE", machine), "r")
     parse(TEXT.replace("MACHINE", "{fsdp: true, processes: 2}"), "r")
+
+
+def test_processes_that_cannot_share_a_step_evenly_are_a_mistake() -> None:
+    text = TEXT.replace("MACHINE", "{processes: 3}").replace(
+        "evaluate:",
+        "corpus: {path: x, blocks: 64, tokens: 99}\n"
+        "variants: {clm: {train: {init: llama}}, more: {train: {init: llama, batch_blocks: 12}}}\n"
+        "evaluate:",
+    )
+    said = (
+        r"machine.processes +3 cannot share evenly the 16 blocks .*clm.*; allowed: 1, 2, 4, 8, 16"
+    )
+    with pytest.raises(RecipeError, match=said) as caught:
+        parse(text, "r")
+    assert "1 problem" in str(caught.value)  # a step of twelve blocks can be shared by three
+    parse(text, "r", ["machine.processes=4"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import sparse
+from transformers import TrainerState
 
 from fusion.corpus import pack, read_blocks, read_documents, write_blocks
 from fusion.distributions import capture
+from fusion.errors import RunError
 from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
-from fusion.training import Blocks, last_checkpoint, train
+from fusion.training import Blocks, train
 from fusion.vocabulary import build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -142,13 +146,18 @@ def test_a_run_killed_midway_ends_with_the_same_bytes(
     assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(unbroken)]
 
 
-def test_a_checkpoint_cut_in_the_middle_is_not_used(tmp_path: Path) -> None:
-    for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global')
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert not (tmp_path / "checkpoint-4").exists()
+def test_a_checkpoint_in_another_form_is_said_to_be_one_and_training_begins_again(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "other"
+    made = job(prepared, out, checkpoint_every=99)
+    old = out / "checkpoints" / "checkpoint-2"
+    old.mkdir(parents=True)
+    (old / "trainer_state.json").write_text('{"global_step": 2}')
+    shutil.copyfile(unbroken / "model.safetensors", old / "model.safetensors")
+    assert train(made)["resumed_from"] == 0
+    assert "checkpoint-2: not in the form of this version" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
 def test_rows_that_train_together_give_the_loss_of_rows_alone(
@@ -157,6 +166,39 @@ def test_rows_that_train_together_give_the_loss_of_rows_alone(
     train(job(prepared, tmp_path / "two", micro_batch=2))
     for one, two in zip(rows(unbroken), rows(tmp_path / "two"), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["kl", "alm"])
+def test_a_last_step_of_fewer_blocks_is_their_mean_however_they_are_shared_out(
+    prepared: dict[str, Any], tmp_path: Path, objective: str
+) -> None:
+    """16 blocks, six a step: of the last step's four each counts a quarter, in rows of one to four.
+
+    Rows of four: six is no multiple, so three are taken.
+    """
+    logs = []
+    for micro in (1, 2, 4):
+        made = job(prepared, tmp_path / str(micro), micro_batch=micro)
+        made |= {"fuse": made["fuse"] | {"objective": objective}}
+        train(made | {"train": TRAIN | {"batch_blocks": 6, "learning_rate": 1e-9}})
+        logs.append(rows(tmp_path / str(micro)))
+    alone = job(prepared, tmp_path / "alone") | {"fuse": made["fuse"]}
+    train(alone | {"train": TRAIN | {"batch_blocks": 1, "learning_rate": 1e-9}})
+    each = [float(row["loss"]) for row in rows(tmp_path / "alone")]
+    for log in logs:
+        assert [int(row["step"]) for row in log] == [1, 2, 3]
+        for row, blocks in zip(log, (each[:6], each[6:12], each[12:]), strict=True):
+            assert float(row["loss"]) == pytest.approx(sum(blocks) / len(blocks), rel=1e-5)
+        assert [row["tokens"] for row in log] == [row["tokens"] for row in logs[0]]
+        assert [row["coverage"] for row in log] == [row["coverage"] for row in logs[0]]
+
+
+def test_processes_that_cannot_share_a_step_evenly_are_refused(
+    prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RunError, match="3 processes cannot share the 2 blocks of an optimizer"):
+        train(job(prepared, tmp_path / "three"))
 
 
 def test_activation_checkpointing_changes_nothing(
@@ -279,29 +321,97 @@ training.main()
 """
 
 
+def in_two_processes(out: Path, script: str, **environment: str) -> str:
+    """Run a script on the job in a folder in two processes; what they printed."""
+    path = out / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(path), str(out / "job.json")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
+    assert done.returncode == 0, "\n".join(said or [done.stderr])[-9000:]
+    return done.stdout
+
+
+# Each process says which block of which store it reads.
+READING = """
+import os
+import fusion.distributions as distributions
+read = distributions.Store.read
+def told(self, block, pieces=None):
+    os.write(1, f"read {os.environ['RANK']} {self.path.name} {block}\\n".encode())
+    return read(self, block, pieces)
+distributions.Store.read = told
+"""
+ALIKE = "from fusion.training import main; main()"
+
+
 @pytest.mark.parametrize("name", ["zero3_offload", "fsdp"])
 def test_ways_to_share_a_model_give_the_loss_of_one_process(
     prepared: dict[str, Any], unbroken: Path, tmp_path: Path, name: str
 ) -> None:
     shared = {"fsdp": True} if name == "fsdp" else {"deepspeed": name}
     job(prepared, tmp_path / "two", **shared)
-    script = tmp_path / "script.py"
-    script.write_text(
-        FSDP_ON_CPUS if name == "fsdp" else "from fusion.training import main; main()"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "two" / "job.json")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert name != "fsdp" or done.stdout.count("in pieces: True") == 2
+    said = in_two_processes(tmp_path / "two", READING + (FSDP_ON_CPUS if name == "fsdp" else ALIKE))
+    read = re.findall(r"read (\d) (\w+) (\d+)\n", said)
+    own = [(str(b % 2), source, str(b)) for b in range(16) for source in ("gemma", "llama")]
+    assert sorted(read) == sorted(own)  # its own rows' distributions, once, and no others'
+    assert name != "fsdp" or said.count("in pieces: True") == 2
     for one, two in zip(rows(unbroken), rows(tmp_path / "two"), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
     for key, expected in weights(unbroken).items():
         torch.testing.assert_close(weights(tmp_path / "two")[key], expected, atol=2e-4, rtol=1e-3)
+
+
+# All leave once the checkpoint of a step is written.
+LEAVING = """
+import os
+import torch.distributed as dist
+import fusion.training as leaving
+save = leaving.FusionTrainer._save_checkpoint
+def left(self, *args):
+    save(self, *args)
+    if self.state.global_step == int(os.environ["LEAVE_AFTER"]):
+        dist.barrier()
+        os._exit(0)
+leaving.FusionTrainer._save_checkpoint = left
+"""
+
+
+@pytest.mark.timeout(900)  # six times torch's and DeepSpeed's imports
+def test_any_way_to_share_a_model_goes_on_where_another_was_interrupted(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process, then two by each way, then one again: every way writes and reads."""
+    out = tmp_path / "passed on"
+
+    save = TrainerState.save_to_json
+
+    def left(*args: Any) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainerState, "save_to_json", left)
+        with pytest.raises(KeyboardInterrupt):
+            train(job(prepared, out, checkpoint_every=1))
+    for after, name in enumerate(("none", "zero2", "zero3_offload", "fsdp"), 2):
+        shared = {"fsdp": True} if name == "fsdp" else {}
+        shared = {"deepspeed": name} if name.startswith("zero") else shared
+        job(prepared, out, checkpoint_every=1, **shared)
+        script = LEAVING + (FSDP_ON_CPUS if name == "fsdp" else ALIKE)
+        in_two_processes(out, script, LEAVE_AFTER=str(after))
+        assert [path.name for path in out.glob("checkpoints/*")] == [f"checkpoint-{after}"], name
+    assert train(job(prepared, out))["resumed_from"] == after
+    for one, other in zip(rows(unbroken), rows(out), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=2e-6)
+        assert one["learning_rate"] == other["learning_rate"]
+    for key, expected in weights(unbroken).items():
+        torch.testing.assert_close(weights(out)[key], expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -331,7 +441,9 @@ def test_two_processes_give_the_loss_of_one(
     launch(out / "job.json", 2)
     for one, two in zip(rows(unbroken), rows(out), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
-        assert one["learning_rate"] == two["learning_rate"]
+        assert (one["learning_rate"], one["tokens"]) == (two["learning_rate"], two["tokens"])
+        assert float(one["clm"]) == pytest.approx(float(two["clm"]), rel=2e-6)
+        assert one["coverage"] == two["coverage"]
     for name, expected in weights(unbroken).items():
         # Adam divides by small square roots, so rounding of the summed gradients shows here.
         torch.testing.assert_close(weights(out)[name], expected, atol=2e-4, rtol=1e-3)

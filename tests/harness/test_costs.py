@@ -20,7 +20,7 @@ from fusion.distributions import open_store
 from fusion.flops import forward, size, training
 from fusion.measures import bits_per_byte
 from fusion.models import load_model
-from harness.build import _gpus, build
+from harness.build import build, held_gpus
 from harness.costs import Meter, counting, flops, gpus, source_lengths, spent_on
 from harness.measuring import measure_rows
 from harness.plan import Plan, plan
@@ -242,7 +242,7 @@ reference: a
     weights = own.body + (own.head if method == "fisher" else 0)
     least = passes * 2 * weights * read
     assert least < cost["flops"] <= least + passes * 4 * own.attention * 64 * read
-    assert _gpus(made, step) == 0
+    assert held_gpus(made, step) == 0
 
 
 def test_members_that_are_one_model_are_counted_once(tiny: dict[str, Path]) -> None:
@@ -278,6 +278,6 @@ def test_what_gpus_hold_is_of_all_devices_and_unknown_elsewhere(
     assert gpus([], SimpleNamespace(device="cpu")) == 0
     assert gpus([], SimpleNamespace(device=None)) is None
     (step,) = (step for step in steps(built, "train") if step.name == "town")
-    assert _gpus(built, step) == 1
-    assert _gpus(built, replace(step, kind="statistics")) == 1
-    assert _gpus(built, replace(step, kind="merge")) == 0
+    assert held_gpus(built, step) == 1
+    assert held_gpus(built, replace(step, kind="statistics")) == 1
+    assert held_gpus(built, replace(step, kind="merge")) == 0

@@ -106,7 +106,7 @@ def test_a_recipe_that_cannot_fit_is_exit_one(
 ) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(TEXT)
-    monkeypatch.setattr(module, "_rates", lambda *_: {})
+    monkeypatch.setattr(module, "rates_of", lambda *_: {})
     assert "What it will take" in foresee(str(path))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(RunError, match="cannot fit:\ndisk:"):
@@ -130,7 +130,7 @@ def test_a_budgeted_row_takes_what_the_other_and_its_sources_take(
 def test_processes_on_a_cpu_share_one_memory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = TEXT + "machine: {device: cpu, processes: 4}\n"
     memory = []
-    monkeypatch.setattr(module, "_rates", lambda *_: {})
+    monkeypatch.setattr(module, "rates_of", lambda *_: {})
     for change in ("", "machine.processes=1"):
         planned = plan(parse(text, "r", [change] if change else []), home)
         build(planned, ["llama"])
@@ -180,7 +180,7 @@ def test_absent_models_are_counted_by_what_the_recipe_says(home: Path) -> None:
     for how, a_weight in (("none", 16), ("zero2", 4 + 12 / 8), ("fsdp", 2)):
         assert f"{how} {a_weight * gib:.1f}" in said
     assert any("machine.deepspeed" in refusal for refusal in found.refusals)
-    shared = plan(parse(text + "machine: {processes: 8, deepspeed: zero3}\n", "r"), home)
+    shared = plan(parse(text + "machine: {processes: 4, hosts: 2, deepspeed: zero3}\n", "r"), home)
     room = replace(forecast(shared, steps, "h100"), disk_free=10**12)
     assert room.refusals == []
 

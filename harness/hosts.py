@@ -1,0 +1,98 @@
+"""Several hosts that train one recipe's targets: one runs it, the others join through the store.
+
+All share the store, at the same path. The host that runs says so in `running/` for as long as it
+builds, and where to meet while it trains. A host that joins does nothing but train with it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import RecipeError, RunError
+from harness.launching import help_out
+from harness.plan import Plan, plan
+from harness.progress import say, working
+from harness.recipe import Loaded, load
+from harness.status import lives
+from harness.store import home
+
+GLANCE = 1.0  # seconds between two looks at what the host that runs says
+LOOK = 30  # glances without anybody who runs, after which it is asked whether anything is left
+
+
+def calling(planned: Plan, recipe: str) -> AbstractContextManager[None]:
+    """Say in the store, until this ends, that a recipe that several hosts train is built here."""
+    if planned.recipe.machine.hosts == 1:
+        return nullcontext()
+    return working(planned.home, _name(recipe))
+
+
+def join(reference: str, overrides: Sequence[str] = ()) -> int:
+    """Train with the host that runs this recipe until it has built all; the exit code.
+
+    It may come earlier or later than that host, and again after it was interrupted. RecipeError if
+    the recipe is for one host.
+    """
+    loaded = load(reference, overrides)
+    if loaded.recipe.machine.hosts == 1:
+        raise RecipeError(
+            f"{loaded.name}: machine.hosts is 1, so nobody is waited for; say `machine.hosts=2`, "
+            "or as many as there are, here and where the recipe runs"
+        )
+    code, glances, met, helped = 0, 0, False, ""
+    while True:
+        sign = _sign(home(), loaded.name)
+        if sign is None:
+            if met:
+                say(f"{loaded.name}: built, or no longer run; nothing is left to join")
+                return code
+            if glances % LOOK == 0 and not _left(loaded):
+                say(f"{loaded.name}: all is trained; nothing is left to join")
+                return code
+            if glances == 0:
+                say(f"waiting for `kfuse run {reference}` on the store {home()}")
+            glances += 1
+        elif (call := sign.get("training")) and call["id"] != helped:
+            met, helped = True, call["id"]
+            code = max(code, _help(call))
+        else:
+            met = True
+        time.sleep(GLANCE)
+
+
+def _name(recipe: str) -> str:
+    return f"hosts-{recipe}"
+
+
+def _sign(store: Path, recipe: str) -> dict[str, Any] | None:
+    """What the host that runs this recipe says, if there is one."""
+    for path in sorted((store / "running").glob(f"{_name(recipe)}.*.json")):
+        try:
+            sign = json.loads(path.read_text())
+            if sign["folder"] == _name(recipe) and lives(sign):
+                return sign
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def _left(loaded: Loaded) -> bool:
+    """Whether a target is still to be trained."""
+    planned = plan(loaded.recipe, home())
+    return any(step.kind == "train" and not step.done for step in planned.builds())
+
+
+def _help(call: dict[str, Any]) -> int:
+    name = Path(call["job"]).parent.name
+    try:
+        say(f"train {name} with {call['endpoint']}")
+        help_out(call)
+    except RunError as error:
+        say(f"train {name}: {error}")
+        return 1
+    return 0

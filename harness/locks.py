@@ -1,0 +1,170 @@
+"""One owner at a time of what is made in a store, on this machine or on another that shares it.
+
+A lock is a file in `running/` that its owner renews. Whoever finds one waits, and takes it away if
+its owner is gone: at once if that was a process of this machine, else when the file has not been
+renewed for a minute by the clock of the one who waits, since clocks of machines differ. A file is
+created exclusively, which folders shared by NFS, Lustre or SMB grant, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import RunError
+from harness.progress import BEAT, say
+from harness.store import world
+
+LOST = 12 * BEAT  # seconds without a sign after which an owner elsewhere is taken for gone
+LOOK = 0.2  # seconds between two looks of one who waits
+
+
+@contextmanager
+def owned(home: Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of that name; wait: until it is to be had, else give False if it is not.
+
+    RunError if the store takes no file.
+    """
+    path = home / "running" / f"{name}.lock"
+    sign = _sign()
+    if not _taken(path, sign) and not (wait and _waited(path, sign)):
+        yield False
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_renew, args=(path, over), daemon=True)
+    thread.start()
+    try:
+        yield True
+    finally:
+        over.set()
+        thread.join()
+        _give_back(path, sign)
+
+
+def _sign() -> dict[str, Any]:
+    """Who this is: no two owners, not even of one process, say the same."""
+    import psutil
+
+    born = psutil.Process().create_time()
+    where = {"host": socket.gethostname(), "space": _space()}
+    return {**where, "pid": os.getpid(), "born": born, "token": uuid.uuid4().hex}
+
+
+def _space() -> str:
+    """The kernel's name for what process numbers count in: containers may share a host's name."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _taken(path: Path, sign: dict[str, Any]) -> bool:
+    """Whether the lock was free and is now this owner's."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x") as file:
+            file.write(json.dumps(sign))
+    except FileExistsError:
+        if path.parent.is_dir():
+            return False
+        raise RunError(f"{path.parent}: is a file; the store needs a folder there") from None
+    except OSError as error:
+        raise world(error, path) from error
+    return True
+
+
+def _waited(path: Path, sign: dict[str, Any]) -> bool:
+    """Wait until the lock is free or its owner gone, and take it."""
+    last, since, told = _look(path), time.monotonic(), False
+    while True:
+        if last and (_gone(last[0]) or time.monotonic() - since > LOST):
+            _take_away(path, last)
+        if _taken(path, sign):
+            return True
+        found = _look(path)
+        if found != last:
+            last, since = found, time.monotonic()
+        if last and not told and time.monotonic() - since > 2 * LOOK:
+            told = True
+            owner = _owner(last[0])
+            where = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+            say(f"{path.stem}: {where} is at it; waiting")
+        time.sleep(LOOK)
+
+
+def _look(path: Path) -> tuple[str, int] | None:
+    """What a lock says and when it was renewed; None if there is none."""
+    try:
+        return path.read_text(), path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _owner(text: str) -> dict[str, Any] | None:
+    """Who owns a lock; None while its owner has not written that down."""
+    with suppress(ValueError):
+        return dict(json.loads(text))
+    return None
+
+
+def _gone(text: str) -> bool:
+    """Whether the owner was a process of this machine and is none any more."""
+    import psutil
+
+    owner = _owner(text)
+    if owner is None or (owner["host"], owner["space"]) != (socket.gethostname(), _space()):
+        return False
+    try:
+        process = psutil.Process(owner["pid"])
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return ended or abs(process.create_time() - owner["born"]) > LOST  # clocks are set
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+
+
+def _take_away(path: Path, seen: tuple[str, int]) -> None:
+    """Remove a lock that still is as it was seen: one remover at a time.
+
+    Without that, a slow remover could remove the lock of an owner who came after the dead one.
+    """
+    guard = path.with_suffix(".free")
+    try:
+        guard.touch(exist_ok=False)
+    except FileExistsError:
+        with suppress(OSError):
+            if time.time() - guard.stat().st_mtime > LOST:  # a remover died at it
+                guard.unlink()
+        return
+    except OSError as error:
+        raise world(error, guard) from error
+    try:
+        if _look(path) == seen:
+            path.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
+
+
+def _renew(path: Path, over: threading.Event) -> None:
+    while not over.wait(BEAT):
+        with suppress(OSError):
+            os.utime(path)
+
+
+def _give_back(path: Path, sign: dict[str, Any]) -> None:
+    """Remove the lock, unless it was taken away meanwhile and is another's."""
+    with suppress(OSError):
+        if (_owner(path.read_text()) or {}).get("token") == sign["token"]:
+            path.unlink()
+
+
+__all__ = ["LOST", "owned"]
