@@ -100,24 +100,45 @@ def frame(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> li
     return [*parts, text]
 
 
-def asking(messages: Sequence[Message]) -> str:
-    """A conversation that waits for its answer as one prompt, which `asked` reads."""
-    return CHAT + json.dumps([list(message) for message in messages], ensure_ascii=False)
+def asking(messages: Sequence[Message], plain: str | None = None) -> str:
+    """A conversation that waits for its answer as one prompt, which `asked` reads.
 
-
-def asked(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Such a prompt as the tokenizer's chat template writes it, up to where the answer begins.
-
-    RunError if there is no template, or it refuses the conversation.
+    plain: what a tokenizer without a chat template reads in its place.
     """
-    messages = [(role, content) for role, content in json.loads(prompt.removeprefix(CHAT))]
+    turns = [list(message) for message in messages]
+    content = turns if plain is None else {"messages": turns, "plain": plain}
+    return CHAT + json.dumps(content, ensure_ascii=False)
+
+
+def said_in(prompt: str) -> tuple[list[Message], str | None]:
+    """The conversation of such a prompt, and what is read in its place without a template."""
+    content = json.loads(prompt.removeprefix(CHAT))
+    turns = content if isinstance(content, list) else content["messages"]
+    plain = None if isinstance(content, list) else content["plain"]
+    return [(role, said) for role, said in turns], plain
+
+
+def words(prompt: str) -> str:
+    """What is said in such a prompt, without who says it."""
+    return "\n\n".join(said for _, said in said_in(prompt)[0])
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, bool]:
+    """Such a prompt as the tokenizer reads it, and whether its chat template wrote that.
+
+    It ends where the answer begins. RunError if there is no template and no plain text for those
+    that have none, or the template refuses the conversation.
+    """
+    messages, plain = said_in(prompt)
+    if plain is not None and not tokenizer.chat_template:
+        return plain, False
     text = _written(tokenizer, messages, waits=True)
     if text is None:
         raise RunError(
             f"{tokenizer.name_or_path}: its chat template refuses a conversation of "
             f"{', '.join(role for role, _ in messages)}"
         )
-    return text
+    return text, True
 
 
 def _written(
@@ -171,6 +192,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> str
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
     behind = parts[1].lstrip()
     return max((token for token in tokens if behind.startswith(token)), key=len, default="")
+
+
+def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token with which the chat template closes an answer; None if none does."""
+    parts = frame(tokenizer, [("user", "?"), ("assistant", "!")])
+    token = end_of_turn(tokenizer, parts) if parts else ""
+    return tokenizer.get_vocab()[token] if token else None
 
 
 def read(

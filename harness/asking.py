@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fusion.conversations import CHAT, asking
+from fusion.conversations import CHAT, asking, said_in
 from fusion.errors import RunError
 from harness.generation import Generation
 from harness.rolling import roll
@@ -16,17 +16,24 @@ from harness.scoring import Instance
 if TYPE_CHECKING:
     from harness.evaluate import Item
 
+_UNABLE = (
+    "an ensemble answers conversations in its own words and scores no given answers to them: its "
+    "members' templates write unlike text in front"
+)
+_UNTOLD = (
+    "conversations are put to models by kfuse's own backend; lm-eval's are not told of their "
+    "templates"
+)
+
 
 def ask(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
     """What the model says to each item: a response a request, or `repeats` of them generated."""
     kind = items[0].requests[0].request_type
     asked = [[r for r in item.requests for _ in range(times(r))] for item in items]
     requests = [request for some in asked for request in some]
-    if any(str(r.args[0]).startswith(CHAT) for r in requests) and not getattr(lm, "chats", False):
-        raise RunError(
-            "conversations are put to single models by kfuse's own backend; an ensemble has no "
-            "chat template of its own, and lm-eval's backends are not told of any"
-        )
+    able = getattr(lm, "chats", ())
+    if kind not in able and any(map(_converses, requests)):
+        raise RunError(_UNABLE if able else _UNTOLD)
     if "turns" in items[0].doc:
         yield from _talk(lm, items)
         return
@@ -39,6 +46,29 @@ def ask(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:
     each = iter(answers)
     for item, some in zip(items, asked, strict=True):
         yield item, [next(each) for _ in some]
+
+
+def _converses(request: Instance) -> bool:
+    return str(request.args[0]).startswith(CHAT)
+
+
+def read_as(lm: Any, items: Sequence[Item]) -> tuple[dict[str, str], list[str]]:
+    """How a model reads these items' prompts, for its engine, and what a report should say of it.
+
+    Nothing where they are no conversations, or none that a model without a template could read.
+    """
+    prompts = [str(item.requests[0].args[0]) for item in items if _converses(item.requests[0])]
+    if not prompts or said_in(prompts[0])[1] is None:
+        return {}, []
+    members = getattr(lm, "members", [lm])
+    plain = [not member.reads(prompts[0])[1] for member in members]
+    if not any(plain):
+        return {"asked": "chat"}, []
+    if all(plain):
+        return {"asked": "plain"}, ["it has no chat template: asked the plain prompt"]
+    which = ", ".join(str(number) for number, one in enumerate(plain, 1) if one)
+    note = f"of its members, number {which} has no chat template and reads the plain prompt"
+    return {"asked": "chat and plain"}, [note]
 
 
 def _talk(lm: Any, items: Sequence[Item]) -> Iterator[tuple[Item, list]]:

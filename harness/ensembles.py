@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from fusion.conversations import CHAT, words
 from fusion.tokens import fingerprint, tokenize
 from harness.mixing import evidence, mix_chunks, mixture, vote
 from harness.packing import alike
@@ -34,11 +35,14 @@ Scores = list[tuple[float, bool]]
 class EnsembleLM(LM):
     """An lm-eval model of several members.
 
+    A conversation is read by each member in its own chat template; what is said then is one text.
     members: the first one's vocabulary is spoken. rule: a key of ENSEMBLE_RULES; parameters: its
     own. maps: csr (U, V) for each further member. weights: of the members, equal if not given; a
     rule that reads the prompt multiplies them. level: at which choices are mixed, if not the
     rule's own. Raises RecipeError with all that is wrong with these.
     """
+
+    chats = ("generate_until",)  # requests that may be conversations
 
     def __init__(
         self,
@@ -152,6 +156,24 @@ class EnsembleLM(LM):
             return self.weigh(np.zeros(len(self.members)))
         ends = [tokenize(member.tokenizer, prompt).ends for member in self.members]
         return self.weigh(*evidence(logprobs, ends))
+
+    def heard(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """The members' weights (M,) after prompts, which each member reads once for that.
+
+        Of a conversation members are weighed by its words as plain text: what their templates write
+        around them is not the same for two members, so that it tells them apart for no merit.
+        """
+        if not self.weigh.reads_prompt:
+            return [self.weights(prompt, []) for prompt in prompts]
+        texts = [words(prompt) if prompt.startswith(CHAT) else prompt for prompt in prompts]
+        scored = []
+        for member in self.members:
+            read = [member.tok_encode(text)[-member.max_length :] for text in texts]
+            scored.append(member.score([(ids[:1], ids[1:]) for ids in read]))
+        return [
+            self.weights(text, [found[index].logprobs.numpy() for found in scored])
+            for index, text in enumerate(texts)
+        ]
 
     def _voted(
         self,
@@ -277,14 +299,7 @@ class EnsembleLM(LM):
 
     def _select(self, requests: Sequence[Instance]) -> list[Generation]:
         """Each text as the member says it that the rule selects for its prompt."""
-        scored = []
-        for member in self.members:
-            prompts = [member._asked(request)[0] for request in requests]
-            scored.append(member.score([(ids[:1], ids[1:]) for ids in prompts]))
-        chosen = []
-        for index, request in enumerate(requests):
-            read = [s[index].logprobs.numpy() for s in scored]
-            chosen.append(int(self.weights(request.args[0], read).argmax()))
+        chosen = [int(w.argmax()) for w in self.heard([request.args[0] for request in requests])]
         out: dict[int, Generation] = {}
         for number, member in enumerate(self.members):
             own = [index for index, who in enumerate(chosen) if who == number]

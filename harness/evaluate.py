@@ -25,10 +25,10 @@ from lm_eval.api.registry import get_aggregation
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from fusion.conversations import asking
+from fusion.conversations import asking, said_in
 from fusion.errors import RunError
 from fusion.flops import FlopCounter
-from harness.asking import ask, record, times
+from harness.asking import ask, read_as, record, times
 from harness.costs import Meter, counting, flops, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
 from harness.locks import owned
@@ -129,13 +129,36 @@ def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | Non
     # lm-eval takes an empty list of documents for all of them.
     tasks = {task: object_ for task, object_ in tasks.items() if chosen[task]}
     for task, object_ in tasks.items():
-        object_.set_fewshot_seed(seed=FEWSHOT_SEED)
-        with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
-            object_.build_all_requests(samples=chosen[task], rank=0, world_size=1)
+        _build(object_, chosen[task], suite.chat)
         _say_windows(object_)
         _say_messages(object_)
         items += _items(task, object_.instances)
     return Loaded(suite, tasks, items, totals, manager, data_hashes(data))
+
+
+def _build(task: Any, chosen: list[int], chat: bool) -> None:
+    """Form a task's requests; as conversations, for all templates at once, where a suite says so.
+
+    lm-eval lays out the turns and hands them to a template; ours puts them down as they are, beside
+    what lm-eval asks without a template.
+    """
+
+    def write(turns: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return asking([(turn["role"], turn["content"]) for turn in turns])
+
+    def build(**how: Any) -> list[Instance]:
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        with patch("lm_eval.api.task.tqdm", lambda items, **_: items):  # a bar a task is noise
+            task.build_all_requests(samples=chosen, rank=0, world_size=1, **how)
+        return task.instances
+
+    plain = build()
+    if not chat:
+        return
+    how = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": write}
+    for instance, other in zip(build(**how), plain, strict=True):
+        turns, _ = said_in(instance.args[0])
+        instance.arguments = (asking(turns, other.args[0]), *instance.args[1:])
 
 
 def _say_windows(task: Any) -> None:
@@ -304,6 +327,7 @@ def _measure_pack(
     folder: Path, pack: Pack, protocol: str, lm: Any, counters: Sequence[FlopCounter]
 ) -> None:
     meter, before = Meter(gpus(counters, lm)), lm.forward_tokens
+    how, told = read_as(lm, pack.items)
     counted = flops(counters)
     records = [record(item, found) | {"protocol": protocol} for item, found in ask(lm, pack.items)]
     spend(
@@ -313,8 +337,8 @@ def _measure_pack(
             **meter.cost(),
             "tokens": lm.forward_tokens - before,
             **spent_on(counters, counted),
-            "engine": dict(getattr(lm, "engine", {})),
-            "notes": list(getattr(lm, "notes", [])),
+            "engine": {**getattr(lm, "engine", {}), **how},
+            "notes": [*getattr(lm, "notes", []), *told],
         },
     )
     write(folder, records, pack.label)
@@ -343,6 +367,17 @@ class _Replay(LM):
         return out
 
     loglikelihood = loglikelihood_rolling = generate_until = _again
+    tokenizer_name = ""
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """No template: rows have their own."""
+        return ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Who says what."""
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in chat_history)
 
 
 def write_as_lm_eval(loaded: Loaded, model: str, folder: Path) -> None:
@@ -364,6 +399,8 @@ def write_as_lm_eval(loaded: Loaded, model: str, folder: Path) -> None:
             samples=chosen,
             evaluation_tracker=tracker,
             fewshot_random_seed=FEWSHOT_SEED,
+            apply_chat_template=loaded.suite.chat,
+            fewshot_as_multiturn=loaded.suite.chat,
         )
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)

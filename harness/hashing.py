@@ -81,7 +81,10 @@ def definition_hash(suite: str) -> str:
         waiting += sorted(found - used)
         used |= found
     content = {path.name: texts[path] for path in sorted(used)}
-    content["suite"] = repr(load_suite(suite))
+    known = load_suite(suite)
+    content["suite"] = repr(known)
+    if known.chat or known.stock:
+        content["asked"] = repr([known.chat, known.stock, known.splits])
     modules = {m for path in used for m in re.findall(r"!function (\w+)\.", texts[path])}
     while modules - set(content):
         module = min(modules - set(content))

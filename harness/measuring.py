@@ -20,6 +20,7 @@ from harness.progress import say
 from harness.scores import rescore, score
 from harness.scoring import SharedPrefixLM
 from harness.steps import tokenizer_identity
+from harness.stock_tasks import lay_out
 from tasks.datasets import DATASETS
 
 
@@ -196,8 +197,10 @@ def load_suite_data(
         data = prepare_data(known.datasets, home, Path(local).expanduser() if local else None)
     # lm-eval explains itself at length; what matters is in our records.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if known and known.stock:
+        given, data = known, lay_out(known, data)
     loaded = load(name, data, limit, seed, given)
-    if known and not given:
+    if known and not heldout:
         _count_whole(loaded)
     return loaded
 

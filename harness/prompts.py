@@ -6,12 +6,11 @@ protocol hashes every prompt, so that a file of its name can only be right or da
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.conversations import CHAT
+from fusion.conversations import CHAT, said_in
 from fusion.errors import RunError
 from harness.plan import Plan, Step
 from harness.progress import say
@@ -91,8 +90,7 @@ def _said(prompt: str) -> str:
     """A prompt to look at; of a conversation who says what."""
     if not prompt.startswith(CHAT):
         return prompt
-    turns = json.loads(prompt.removeprefix(CHAT))
-    return "\n\n".join(f"{role}: {content}" for role, content in turns)
+    return "\n\n".join(f"{role}: {content}" for role, content in said_in(prompt)[0])
 
 
 def question(item: Item, task: Any) -> str:

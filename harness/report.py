@@ -14,10 +14,10 @@ from harness.contamination import contamination
 from harness.keeping import told
 from harness.plan import Plan, Step, suite_of
 from harness.prompts import prompts
-from harness.recipe import Loaded
+from harness.recipe import Loaded, Recipe
 from harness.steps import root
 from harness.store import identity, provenance, read_manifest, write_json
-from tasks.published import DOMAINS, LLAMA2, PUBLISHED
+from tasks.published import DOMAINS, PUBLISHED, Published
 
 if TYPE_CHECKING:
     from reports.cells import Report
@@ -89,34 +89,51 @@ def _extra(plan: Plan, loaded: Loaded, runs: list[Step]) -> dict[str, Any]:
 def _published(plan: Plan) -> list[dict[str, Any]]:
     """What papers printed for this recipe's rows: its sources, by hub id, and their own rows.
 
-    A trained row is the paper's if it is named so and starts from the paper's target.
+    A trained or merged row is the paper's if it is named so, begins as the paper's target and the
+    recipe has all of the paper's sources; a matrix over merge methods has one printed row.
     """
     out = []
-    sources = {name: source.path for name, source in plan.recipe.sources.items()}
     for row in plan.recipe.rows:
-        variant = plan.recipe.variants.get(row)
-        trained = variant.train if variant else None
-        model = sources.get(row)
-        if trained and sources.get(trained.init) == LLAMA2:
-            model = row
         for suite in plan.recipe.evaluate.suites:
-            table = PUBLISHED.get(suite)
-            values = table.of(model) if table and model else {}
-            if not table or not values:
-                continue
-            averages = {name: list(table.tasks) for name in table.averages}
-            for name in list(averages)[1:]:
-                averages[name] = [task for task in table.tasks if task not in table.without]
-            entry = {"row": row, "suite": suite, "paper": table.paper, "table": table.table}
-            unlike = table.unlike or (
-                "trained anew: seeds move it, and it is no calibration" if trained else ""
-            )
-            out.append(
-                entry
-                | {"values": values, "averages": averages, "items": table.items}
-                | {"decimals": table.decimals, "unlike": unlike}
-            )
+            for table in PUBLISHED.get(suite, ()):
+                values = table.of(_model(plan.recipe, row, table))
+                if values:
+                    out.append({"row": row, "suite": suite} | _entry(suite, table, values))
+                if values and row in plan.recipe.variants:
+                    again = "made anew: seeds move it, and it is no calibration"
+                    out[-1]["unlike"] = table.unlike or again
     return out
+
+
+def _model(recipe: Recipe, row: str, table: Published) -> str:
+    """The model of a table that a row is; its own name, which no table has, if it is none."""
+    paths = {name: source.path for name, source in recipe.sources.items()}
+    if row in paths:
+        return paths[row]
+    variant = recipe.variants[row]
+    ours = (variant.train or variant.merge) and set(table.sources) <= set(paths.values())
+    if not ours or paths.get(root(recipe, row)) != table.sources[0]:
+        return ""
+    return row.partition("[")[0] if variant.merge else row
+
+
+def _entry(suite: str, table: Published, values: dict[str, float]) -> dict[str, Any]:
+    """A table's part of an index: values, and what of a measurement stands beside each."""
+    known = suite_of(suite)
+    tasks = list(table.tasks) or [task.name for task in (known.tasks if known else ())]
+    averages = {name: tasks for name in table.averages}
+    for name in list(averages)[1:]:
+        averages[name] = [task for task in tasks if task not in table.without]
+    return {
+        "paper": table.paper,
+        "table": table.table,
+        "values": values,
+        "averages": averages,
+        "metrics": list(table.metrics),
+        "items": table.items,
+        "decimals": table.decimals,
+        "unlike": table.unlike,
+    }
 
 
 def _domains(plan: Plan) -> dict[str, Any] | None:

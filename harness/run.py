@@ -44,6 +44,8 @@ def run(
         return 0
     reasons: dict[str, str] = {}
     waiting = pending(planned, rows, stages)
+    if waiting:
+        _check_scorers(waiting)
     if waiting and executor == "local":
         _warn_of_slow_arithmetic(planned)
     if waiting and executor == "ray":
@@ -65,6 +67,14 @@ def run(
     for name, reason in reasons.items():
         say(f"{name}: {reason}")
     return code
+
+
+def _check_scorers(waiting: Sequence[Step]) -> None:
+    """RunError, before anything is built, if a scorer of what is to be measured lacks a module."""
+    from harness.stock_tasks import check
+
+    suites = [suite_of(name) for name in {s.name: 0 for s in waiting if s.kind == "evaluate"}]
+    check([suite for suite in suites if suite])
 
 
 def _warn_of_slow_arithmetic(planned: Plan) -> None:

@@ -130,6 +130,8 @@ def _scores(
             elif metric in CORPUS_METRICS and isinstance(value, (list, tuple)) and _single(value):
                 reference, said = value
                 counts, value = CORPUS_METRICS[metric].of_item(said, reference)
+            elif isinstance(value, list) and value and all(isinstance(v, bool) for v in value):
+                weight, value = len(value), sum(value) / len(value)  # of an item's several checks
             if not isinstance(value, (int, float, np.number, bool)):
                 continue
             found = {"metric": metric, "value": float(value), "weight": float(weight)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.registry import get_model, register_model
 from torch import Tensor
 
-from fusion.conversations import CHAT, asked
+from fusion.conversations import CHAT, asked, closing_id
 from fusion.errors import RunError
 from fusion.models import (
     causal_pattern,
@@ -78,7 +79,7 @@ class SharedPrefixLM(TemplateLM):
     attention, dtype, versions.
     """
 
-    chats = True  # it can be put conversations
+    chats = ("generate_until", "loglikelihood")  # requests that may be conversations
 
     def __init__(
         self,
@@ -126,6 +127,17 @@ class SharedPrefixLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
+    def reads(self, prompt: str) -> tuple[str, bool]:
+        """A prompt as text, and whether the model's chat template wrote it, special tokens and
+        all: a conversation's own, if there is a template, else what is read in its place.
+        """
+        return asked(self.tokenizer, prompt) if prompt.startswith(CHAT) else (prompt, False)
+
+    @cached_property
+    def _closing(self) -> int | None:
+        """What closes an answer in the chat template, which need not be the end of text."""
+        return closing_id(self.tokenizer)
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
@@ -133,8 +145,9 @@ class SharedPrefixLM(TemplateLM):
 
         A prompt that is a conversation (`fusion.conversations.asking`) by the model's own template.
         """
-        if string.startswith(CHAT):
-            return self.tokenizer.encode(asked(self.tokenizer, string), add_special_tokens=False)
+        string, templated = self.reads(string)
+        if templated:
+            return self.tokenizer.encode(string, add_special_tokens=False)
         if add_special_tokens is None:
             first = str(self.tokenizer.decode([self.prefix_token_id]))
             doubled = bool(first) and string.startswith(first)
@@ -146,12 +159,12 @@ class SharedPrefixLM(TemplateLM):
     def pairs(self, requests: Sequence[Instance]) -> list[Pair]:
         """Context and continuation ids of log-likelihood requests, by lm-eval's rules."""
         out = []
-        for context, continuation in (request.args for request in requests):
-            if context.startswith(CHAT):
-                before = asked(self.tokenizer, context)
+        for prompt, continuation in (request.args for request in requests):
+            context, templated = self.reads(prompt)
+            if templated:
                 read = [
                     self.tokenizer.encode(text, add_special_tokens=False)
-                    for text in (before, before + continuation)
+                    for text in (context, context + continuation)
                 ]
                 out.append((read[0], read[1][len(read[0]) :]))
             elif context == "":
@@ -383,6 +396,8 @@ class SharedPrefixLM(TemplateLM):
         until = [until] if isinstance(until, str) else list(until)
         until.append(self.tokenizer.decode([self.eot_token_id]))
         ends = {self.eot_token_id}
+        if self.reads(context)[1] and self._closing is not None:
+            ends.add(self._closing)
         ids = self.tok_encode(context)[-max(1, self.max_length - most) :]
         return ids, Stopper(self.tokenizer, [stop for stop in until if stop], ends, most)
 

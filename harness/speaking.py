@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion.conversations import CHAT
 from fusion.models import logits, token_logprobs
 from harness.caching import GrowingCache
 from harness.generation import Begun, Generation, next_tokens
@@ -36,6 +37,8 @@ class Speaking:
         self.weights = np.zeros((len(ensemble.members), len(rows)))
         self.read: list[list[list[int]]] = []  # member, row: ids in its cache
         self.skipped: list[list[int]] = []  # member, row: ids cut from the left of the prompt
+        # member, row: the prompt as text, and whether the member's chat template wrote it
+        self.prompts = [[m.reads(context) for context in self.contexts] for m in ensemble.members]
         for member in ensemble.members:
             room = max(1, member.max_length - max(row.stopper.most for row in rows))
             whole = [member.tok_encode(context) for context in self.contexts]
@@ -70,7 +73,9 @@ class Speaking:
         """Read the prompts; weigh the members by how likely each found them."""
         last: list[Tensor | None] = []
         found: list[list[np.ndarray]] = []
-        reads = self.ensemble.weigh.reads_prompt
+        # Of conversations the members' prompts are unlike: weighed by their words (`heard`).
+        talks = any(context.startswith(CHAT) for context in self.contexts)
+        reads = self.ensemble.weigh.reads_prompt and not talks
         for member, cache, ids in zip(self.ensemble.members, self.caches, self.read, strict=True):
             hidden = cache.feed(ids)
             member.forward_tokens += sum(map(len, ids))
@@ -84,13 +89,14 @@ class Speaking:
                 own.append(logprobs)
             found.append(own)
             last.append(hidden[:, -1])
-        self.weights = np.stack(
-            [
+        if talks:
+            weights = self.ensemble.heard(self.contexts)
+        else:
+            weights = [
                 self.ensemble.weights(context, [own[row] for own in found] if reads else [])
                 for row, context in enumerate(self.contexts)
-            ],
-            axis=1,
-        )
+            ]
+        self.weights = np.stack(weights, axis=1)
         return last
 
     def _choose(self, last: Sequence[Tensor | None], heard: np.ndarray) -> list[int]:
@@ -133,7 +139,9 @@ class Speaking:
     def _reread(self, number: int, slot: int, row: int, text: str) -> list[int]:
         """New ids of a row for a member, after taking back those it would now cut otherwise."""
         member, read = self.ensemble.members[number], self.read[number][row]
-        ids = member.tok_encode(self.contexts[row] + text)[self.skipped[number][row] :]
+        prompt, templated = self.prompts[number][row]
+        whole = member.tok_encode(prompt + text, False if templated else None)
+        ids = whole[self.skipped[number][row] :]
         same = 0
         while same < min(len(ids) - 1, len(read)) and ids[same] == read[same]:
             same += 1

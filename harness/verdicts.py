@@ -215,17 +215,21 @@ def leaderboard(paths: Sequence[Path], form: str = "markdown", published: bool =
 
 
 def _printed(suite: str) -> list[Imported]:
-    """What a paper printed of a suite: each model's first average."""
+    """What papers printed of a suite: each model's first average, or its only task."""
     from reports.lm_eval_results import Imported
-    from tasks.published import MODELS, PUBLISHED
+    from tasks.published import PUBLISHED
 
-    table = PUBLISHED.get(suite)
-    if table is None or not table.averages:
-        return []
-    average = next(iter(table.averages))
-    origin = f"published: {table.paper}, {table.table}, {average}"
-    return [
-        Imported(model, suite, "score", "", table.of(model)[average], None,
-                 sum(table.items.values()) or None, None, "", True, origin)
-        for model in MODELS
-    ]  # fmt: skip
+    out = []
+    for table in PUBLISHED.get(suite, ()):
+        named = list(table.averages) or list(table.tasks)
+        if len(named) > 1 and not table.averages:
+            continue
+        what = f", {named[0]}" if table.averages else ""
+        origin = f"published: {table.paper}, {table.table}{what}"
+        count = sum(table.items.values()) or None
+        for model in table.models:
+            score = table.of(model)[named[0]]
+            out.append(
+                Imported(model, suite, "score", "", score, None, count, None, "", True, origin)
+            )
+    return out

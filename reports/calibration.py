@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from reports.cells import Report
+    from reports.cells import Report, TaskScore
 
 # Share of items that an engine flips. HellaSwag moved by 4 of its 10,042 items between batch sizes
 # 1 and 16 on one model (lm-evaluation-harness, issue 1645). m flips in either direction move the
@@ -83,20 +83,30 @@ def calibrate(report: Report) -> list[Verdict]:
         source = f"{entry['paper']}, {entry['table']}"
         for name, published in entry["values"].items():
             covered = entry["averages"].get(name, [name])
+            if name in entry.get("metrics", ()):
+                covered = [task.task for task in tasks]
             there = [scores[task] for task in covered if task in scores]
-            whole = len(there) == len(covered)
+            whole = bool(covered) and len(there) == len(covered)
             measured = sum(t.score or 0.0 for t in there) / len(there) if whole else None
+            if name in entry.get("metrics", ()):
+                other = report.other(entry["row"], entry["suite"], name)
+                measured = other.score if other else None
+                whole = whole and other is not None
             sizes = [task.n for task in there]
             allowed = macro_tolerance(sizes, entry["decimals"]) if whole else None
-            obstacles = [entry["unlike"]] if entry["unlike"] else []
-            for task in there:
-                expected = entry["items"].get(task.task, task.n_total)
-                if task.n != expected:
-                    obstacles.append(f"{task.title}: {task.n} of {expected} questions")
-            if len(obstacles) > 3:
-                obstacles = [*obstacles[:2], f"and {len(obstacles) - 2} more tasks"]
-            verdict, reason = judge(measured, published, allowed or 0.0, obstacles)
-            title = there[0].title if name not in entry["averages"] and there else name
+            verdict, reason = judge(measured, published, allowed or 0.0, _obstacles(entry, there))
+            alone = name not in entry["averages"] and name not in entry.get("metrics", ())
+            title = there[0].title if alone and there else name
             numbers = (published, measured, verdict, allowed, reason, source)
             out.append(Verdict(entry["row"], entry["suite"], title, *numbers))
     return out
+
+
+def _obstacles(entry: dict[str, Any], there: list[TaskScore]) -> list[str]:
+    """What forbids to compare a printed number with these tasks' scores."""
+    found = [entry["unlike"]] if entry["unlike"] else []
+    for task in there:
+        expected = entry["items"].get(task.task, task.n_total)
+        if task.n != expected:
+            found.append(f"{task.title}: {task.n} of {expected} questions")
+    return [*found[:2], f"and {len(found) - 2} more tasks"] if len(found) > 3 else found

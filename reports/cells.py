@@ -53,9 +53,9 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Average:
-    """Another average of a suite: without tasks whose published scores mislead, or pass@k."""
+    """Another average of a suite: without some tasks, of some answers, or by another metric."""
 
-    title: str  # "without Go", "pass@10"
+    title: str  # "without Go", "pass@10", "first turn"
     score: float
     low: float | None
     high: float | None
@@ -85,6 +85,7 @@ class Cell:
     without: Average | None = None  # also where the whole has no score for want of these tasks
     programs: tuple[tuple[str, int], ...] = ()  # how many ended how, of suites that run them
     passes: tuple[Average, ...] = ()  # pass@k beside pass@1, where problems have several samples
+    others: tuple[Average, ...] = ()  # the suite's score by other metrics, where it has several
 
     @property
     def partial(self) -> bool:
@@ -142,6 +143,11 @@ class Report:
     def measured(self, row: str, suite: str) -> list[TaskScore]:
         """The tasks of a suite that a row was measured on, also where each has its own cell."""
         return [task for cell in self.parts(row, suite) for task in cell.tasks]
+
+    def other(self, row: str, suite: str, title: str) -> Average | None:
+        """A row's score on a suite by another metric, if there is one of that title."""
+        cell = self.cells.get((row, suite))
+        return next((one for one in cell.others if one.title == title), None) if cell else None
 
     @property
     def gaps(self) -> list[Cell]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reports import costs, lines_formats
 from reports.calibration import calibrate
-from reports.cells import Cell, Column, Gain, Report
+from reports.cells import Average, Cell, Column, Gain, Report
 from reports.text import code, interval, number, signed
 from reports.text import escape as _escape
 
@@ -112,7 +112,7 @@ def notes(report: Report) -> list[str]:
     """What was not done the usual way, equal notes of a row together."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for cell in report.cells.values():
-        for note in cell.notes:
+        for note in (*cell.notes, *([averages_text(cell.others)] if cell.others else [])):
             grouped.setdefault((cell.row, note), []).append(cell.suite)
     return [f"{row}, {', '.join(suites)}: {note}" for (row, note), suites in grouped.items()]
 
@@ -220,10 +220,15 @@ def programs(report: Report) -> list[str]:
 
 def passes_text(cell: Cell) -> str:
     """pass@k for k > 1 with intervals, percent."""
-    kind = Column(cell.suite, cell.suite, True, "%")
+    return averages_text(cell.passes)
+
+
+def averages_text(some: Sequence[Average]) -> str:
+    """Other averages of a suite with intervals, percent."""
+    kind = Column("", "", True, "%")
     return ", ".join(
         f"{one.title} {number(one.score, kind)} {interval(one.low, one.high, kind)}".rstrip()
-        for one in cell.passes
+        for one in some
     )
 
 

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-PASS_METRICS = ("pass@10", "pass@100")  # beside pass@1, of problems with that many samples
+# Metrics beside a primary one, by the titles of reports: of problems with that many samples, of a
+# judge's verdicts by turn or without regard to lengths, of instructions and of a looser reading.
+PASS_METRICS = {"pass@10": "pass@10", "pass@100": "pass@100"}
+OTHER_METRICS = {
+    "rating": {"rating_turn_1": "first turn", "rating_turn_2": "second turn"},
+    "lc_win_rate": {"win_rate": "win rate"},
+    "prompt_level_strict_acc": {
+        "prompt_level_loose_acc": "prompts, loosely",
+        "inst_level_strict_acc": "instructions",
+        "inst_level_loose_acc": "instructions, loosely",
+    },
+}
 SAMPLE_KEY = ["task", "doc_id"]
 SCORE_KEY = ["task", "doc_id", "metric"]
 SCORE_COLUMNS = ("task", "doc_id", "cluster", "metric", "value", "weight", "outcome", "extracted")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from reports.cells import Average, Cell, Column, Gain, Report, TaskScore
 from reports.lines import lines
 from reports.records import (
+    OTHER_METRICS,
     PASS_METRICS,
     Run,
     apart,
@@ -60,7 +61,8 @@ def read(index: Path) -> Report:
                     cell,
                     without=_without(cell, suite.get("without", ())),
                     programs=tuple(run.manifest.get("programs", {}).items()),
-                    passes=_passes(run) if run.manifest.get("programs") else (),
+                    passes=_others(run, PASS_METRICS) if run.manifest.get("programs") else (),
+                    others=_others(run, OTHER_METRICS.get(run.manifest["tasks"][0]["metric"], {})),
                 )
     content |= {"suites": [part for suite in content["suites"] for part in _alone(suite)]}
     for row in content["rows"]:  # runs of two versions of a suite may have unlike tasks
@@ -177,22 +179,27 @@ def _without(cell: Cell, names: Sequence[str]) -> Average | None:
     return Average(title, macro(scores), low, high, sum(task.n for task in kept))
 
 
-def _passes(run: Run) -> tuple[Average, ...]:
-    """pass@k for k > 1, as the suite's own score: where every task has a problem with k samples."""
+def _others(run: Run, titles: Mapping[str, str]) -> tuple[Average, ...]:
+    """Other metrics than the primary, averaged as the suite's own score: those that every task has.
+
+    titles: by metric. pass@k is there where every task has a problem with k samples.
+    """
     from reports.statistics import macro, macro_interval
 
+    if not titles:
+        return ()
     frame = read_scores(run)
     drawn = [task for task in run.manifest["tasks"] if (frame.task == task["task"]).any()]
     out = []
-    for metric in PASS_METRICS:
+    for metric, title in titles.items():
         some = frame[frame.metric == metric]
-        tasks = [_task(run, task, some[some.task == task["task"]]) for task in drawn]
+        tasks = [_task(run, task, some[some.task == task["task"]], metric) for task in drawn]
         scores = [task.score for task in tasks if task.score is not None]
         if not drawn or len(scores) < len(drawn):
             continue
         spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in tasks]
         low, high = macro_interval(scores, spans) or (None, None)
-        out.append(Average(metric, macro(scores), low, high, sum(task.n for task in tasks)))
+        out.append(Average(title, macro(scores), low, high, sum(task.n for task in tasks)))
     return tuple(out)
 
 
@@ -200,7 +207,10 @@ def _outcomes(frame: pd.DataFrame, kind: str) -> int:
     return int((frame.outcome == kind).sum())
 
 
-def _task(run: Run, task: dict[str, Any], frame: pd.DataFrame) -> TaskScore:
+def _task(
+    run: Run, task: dict[str, Any], frame: pd.DataFrame, metric: str | None = None
+) -> TaskScore:
+    """A task's score from its rows of one metric, the primary one if none is named."""
     from reports.corpus import CORPUS_METRICS, corpus_interval, corpus_score, stacked
     from reports.statistics import score_interval
 
@@ -208,7 +218,7 @@ def _task(run: Run, task: dict[str, Any], frame: pd.DataFrame) -> TaskScore:
     scored = frame if known.all() else frame[known]
     score = interval = None
     generator = _generator(run.manifest["row"], run.manifest["suite"], task["task"])
-    metric = task["metric"]
+    metric = metric or task["metric"]
     if len(scored) and metric in CORPUS_METRICS:
         counts = stacked(scored, metric)
         score = corpus_score(counts, metric)

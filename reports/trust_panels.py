@@ -33,7 +33,8 @@ def published(report: Report) -> Panel | None:
 def _beside(report: Report, entry: Verdict) -> tuple[Value, ...]:
     cell = _holding(report, entry)
     task = next((t for t in cell.tasks if t.title == entry.task), None)
-    whole = task or (cell.without if _leaves_out(report, entry) else cell)
+    other = report.other(entry.row, entry.suite, entry.task)
+    whole = task or other or (cell.without if _part(report, entry) else cell)
     low, high = (whole.low, whole.high) if whole else (None, None)
     sign = task.signature if task else cell.signature
     measured = difference = reach = MISSING
@@ -71,10 +72,14 @@ def _holding(report: Report, entry: Verdict) -> Cell:
     return own or next(alone, Cell(entry.row, entry.suite))
 
 
-def _leaves_out(report: Report, entry: Verdict) -> bool:
-    """Whether a number is a paper's second average, which leaves some tasks out."""
-    printed = (p for p in report.published if (p["row"], p["suite"]) == (entry.row, entry.suite))
-    return any(entry.task in list(p["averages"])[1:] for p in printed)
+def _part(report: Report, entry: Verdict) -> bool:
+    """Whether a number is a paper's second average, or by another metric than the suite's own."""
+    named = (entry.row, entry.suite, entry.source)
+    return any(
+        entry.task in [*list(p["averages"])[1:], *p.get("metrics", ())]
+        for p in report.published
+        if (p["row"], p["suite"], f"{p['paper']}, {p['table']}") == named
+    )
 
 
 def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[Value, ...] | None:
@@ -84,14 +89,15 @@ def _gain_beside(report: Report, entry: Verdict, found: list[Verdict]) -> tuple[
         (
             other
             for other in found
-            if (other.row, other.suite, other.task) == (report.reference, entry.suite, entry.task)
+            if (other.row, other.suite, other.task, other.source)
+            == (report.reference, entry.suite, entry.task, entry.source)
         ),
         None,
     )
     if base is None or cell.gain is None or entry.row == report.reference:
         return None
-    if _leaves_out(report, entry):
-        return None  # the measured gain is that of the whole
+    if _part(report, entry):
+        return None  # the measured gain is that of the whole, by its own metric
     if cell.suite == entry.suite and entry.task in {task.title for task in cell.tasks}:
         return None  # of a task; the report's gains are of suites
     column = next(c for c in report.columns if c.name == cell.suite)

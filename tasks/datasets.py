@@ -352,6 +352,27 @@ _OPEN: dict[str, Dataset] = {
         render=open_questions.alpaca_eval,
         hub=("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline", "eval"),
     ),
+    "gsm8k": Dataset(
+        rows=1319,
+        licence="MIT",
+        files=("gsm8k/test.jsonl",),
+        render=open_questions.gsm8k,
+        hub=("openai/gsm8k", "main", "test"),
+    ),
+    "gsm8k_train": Dataset(
+        rows=7473,
+        licence="MIT",
+        files=("gsm8k/train.jsonl.gz",),
+        render=open_questions.gsm8k,
+        hub=("openai/gsm8k", "main", "train"),
+    ),
+    "ifeval": Dataset(
+        rows=541,
+        licence="Apache-2.0",
+        files=("ifeval/input_data.jsonl",),
+        render=open_questions.ifeval,
+        hub=("google/IFEval", "default", "train"),
+    ),
     "iwslt2017": Dataset(
         rows=1138,
         licence="CC BY-NC-ND 3.0",

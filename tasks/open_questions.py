@@ -93,6 +93,24 @@ def _talk(name: str, turns: list[str], right: list[str]) -> Document:
     }
 
 
+def gsm8k(rows: Iterable[Row]) -> Iterator[Document]:
+    """GSM8K in the hub's columns; gold: the number behind the last "####"."""
+    for number, row in enumerate(rows):
+        _, found, gold = row["answer"].rpartition("#### ")
+        own = {"question": row["question"], "answer": row["answer"]}
+        yield {"id": str(number), **own, "gold": _some(str(number), found and gold.strip())}
+
+
+def ifeval(rows: Iterable[Row]) -> Iterator[Document]:
+    """IFEval in the hub's columns: a prompt, its instructions and their arguments."""
+    for row in rows:
+        some = zip(row["instruction_id_list"], row["kwargs"], strict=True)
+        kwargs = [{k: v for k, v in given.items() if v is not None} for _, given in some]
+        name = str(row["key"])
+        own = {key: row[key] for key in ("key", "prompt", "instruction_id_list")}
+        yield {"id": name, **own, "kwargs": kwargs, "gold": name, "cluster": name}
+
+
 def drop(rows: Iterable[Row]) -> Iterator[Document]:
     """DROP; gold: one list of spans for each answer that was accepted. A passage is one cluster."""
     for row in rows:

@@ -1,29 +1,44 @@
 """What papers printed, typed by hand, to stand beside what is measured.
 
-Percent, as printed. Columns are models: public ones under their hub id, the rows that the paper
-trained under `clm` and `fusellm`. Nothing is computed here but fractions; a test holds the printed
-averages against the columns.
+As printed: percent, or grades out of ten. Columns are models: public ones under their hub id, the
+rows that a paper trained or merged under the names that our recipes give them. Nothing is computed
+here but fractions; a test holds the printed averages against the columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import isfinite
 
 from tasks.bbh81 import NAMES
+from tasks.published_chat import (
+    CATEGORIES,
+    V1,
+    V1_SOURCES,
+    V2,
+    V2_SOURCES,
+    V3,
+    V3_COLUMNS,
+)
 
 OPEN_LLAMA = "openlm-research/open_llama_7b_v2"
 MPT = "mosaicml/mpt-7b"
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
+LLAMA2_13B = "meta-llama/Llama-2-13b-hf"
 MODELS = (OPEN_LLAMA, MPT, LLAMA2, "clm", "fusellm")
+DISTILLED = (LLAMA2_13B, "kd")  # what FuseLLM's table 6 has beyond the others
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One table of a paper: values by task and average by name, in the order of MODELS.
+    """One table of a paper: values by task and average by name, in the order of `models`.
 
     items: how many questions the paper's tasks have. unlike: why a number of ours is no
     measurement of the same thing; empty if it is. An average is the unweighted mean over all tasks
-    but those in `without`.
+    but those in `without`; a table that prints no tasks means all of the suite's. metrics: what is
+    printed of the whole suite by another metric than its own, by the title that reports give it.
+    sources: hub ids that a recipe has, if its trained and merged rows are the paper's; those begin
+    as the first. full: the printed value of a perfect score. NaN: not printed.
     """
 
     paper: str
@@ -34,14 +49,19 @@ class Published:
     decimals: int = 2
     without: tuple[str, ...] = ()  # tasks that the second average leaves out
     unlike: str = ""
+    models: tuple[str, ...] = MODELS
+    metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    sources: tuple[str, ...] = (LLAMA2,)
+    full: float = 100.0
 
     def of(self, model: str) -> dict[str, float]:
-        """A model's values by task and average, fractions; empty for a model it does not list."""
-        if model not in MODELS:
+        """A model's values by task, average and metric, fractions; empty if it is not listed."""
+        if model not in self.models:
             return {}
-        column = MODELS.index(model)
-        listed = self.tasks | self.averages
-        return {name: values[column] / 100 for name, values in listed.items()}
+        column = self.models.index(model)
+        listed = self.tasks | self.averages | self.metrics
+        found = {name: values[column] / self.full for name, values in listed.items()}
+        return {name: value for name, value in found.items() if isfinite(value)}
 
 
 _PAPER = "FuseLLM 2401.10491"
@@ -168,11 +188,93 @@ _GENERATION = Published(
     unlike="the published prompts, shots, subsets and metrics are not known",
 )
 
-PUBLISHED = {
-    "bbh@fusellm": _BBH,
-    "commonsense@fusellm": _COMMONSENSE,
-    "multipl_e@fusellm": _MULTIPL_E,
-    "generation@fusellm": _GENERATION,
+
+def _distilled(*values: float) -> Published:
+    """A suite's column of FuseLLM's table 6: a larger model, and what was distilled from it."""
+    average = {"average": values}
+    return Published(_PAPER, "table 6", {}, average, {}, models=DISTILLED)
+
+
+def _column(rows: dict[str, tuple[float, ...]], number: int) -> tuple[float, ...]:
+    return tuple(values[number] for values in rows.values())
+
+
+_JUDGE = "another judge, asked in other words: {}"
+_QUESTIONS = {f"kfuse_mt_bench_{name}": 10 for name in CATEGORIES}
+
+_MT_BENCH_1 = Published(
+    "FuseChat 2402.16107",
+    "MT-Bench by category",
+    {name: _column(V1, number) for number, name in enumerate(_QUESTIONS)},
+    {"average": _column(V1, 8)},
+    _QUESTIONS,
+    decimals=1,
+    unlike=_JUDGE.format("GPT-4 with the first references"),
+    models=tuple(V1),
+    sources=V1_SOURCES,
+    full=10.0,
+)
+_MT_BENCH_2 = Published(
+    "FuseChat 2408.07990",
+    "MT-Bench by turn",
+    {},
+    {"average": _column(V2, 4)},
+    _QUESTIONS,
+    decimals=1,
+    unlike=_JUDGE.format("GPT-4-0125-preview with corrected references"),
+    models=tuple(V2),
+    metrics={"first turn": _column(V2, 2), "second turn": _column(V2, 3)},
+    sources=V2_SOURCES,
+    full=10.0,
+)
+_ALPACA_EVAL_2 = Published(
+    "FuseChat 2408.07990",
+    "AlpacaEval 2",
+    {"kfuse_alpaca_eval": _column(V2, 1)},
+    {},
+    {"kfuse_alpaca_eval": 805},
+    unlike=_JUDGE.format("alpaca_eval_gpt4_turbo_fn"),
+    models=tuple(V2),
+    metrics={"win rate": _column(V2, 0)},
+    sources=V2_SOURCES,
+)
+
+
+def _version_3(tasks: dict[str, str], items: dict[str, int], unlike: str) -> Published:
+    """Columns of FuseChat-3.0's table by our tasks; its models are all public."""
+    values = {task: _column(V3, V3_COLUMNS.index(name)) for task, name in tasks.items()}
+    return Published(
+        "FuseChat-3.0 2412.03187", "main table", values, {}, items, 1, (), unlike, tuple(V3)
+    )
+
+
+PUBLISHED: dict[str, tuple[Published, ...]] = {
+    "bbh@fusellm": (_BBH, _distilled(47.92, 40.88)),
+    "commonsense@fusellm": (_COMMONSENSE, _distilled(66.33, 64.41)),
+    "multipl_e@fusellm": (
+        _MULTIPL_E,
+        replace(_distilled(18.76, 15.45), unlike=_MULTIPL_E.unlike),
+    ),
+    "generation@fusellm": (_GENERATION,),
+    "mt_bench": (_MT_BENCH_1, _MT_BENCH_2),
+    "alpaca_eval": (
+        _ALPACA_EVAL_2,
+        _version_3(
+            {"kfuse_alpaca_eval": "alpaca_eval"},
+            {"kfuse_alpaca_eval": 805},
+            _JUDGE.format("the paper's"),
+        ),
+    ),
+    "gsm8k": (
+        _version_3({"gsm8k": "gsm8k"}, {"gsm8k": 1319}, "the published prompt is not known"),
+    ),
+    "code": (
+        _version_3(
+            {"kfuse_humaneval": "humaneval", "kfuse_mbpp": "mbpp"},
+            {"kfuse_humaneval": 164},
+            "asked as chat, and judged by the tests of EvalPlus",
+        ),
+    ),
 }
 
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 ROOM = Path(__file__).parent
 DEFINITIONS = ROOM / "definitions"  # lm-eval's include_path
 
-_NOT_SUITES = ("__init__", "suite", "datasets", "questions", "open_questions", "published")
+_NOT_SUITES = (
+    "__init__",
+    "suite",
+    "datasets",
+    "questions",
+    "open_questions",
+    "published",
+    "published_chat",
+)
 _BBH = (
     "suite 'bbh': name the protocol. bbh@fusellm has all 6,511 questions, from the hub or a local "
     "copy (HF_DATASETS_CACHE); lm_eval:bbh_cot_fewshot is lm-eval's; bbh81 asks the 81 solved "
@@ -44,7 +52,10 @@ class Suite:
     rule: "macro" is the unweighted mean over tasks; "apart" takes no mean, since the tasks' scores
     have no common scale: each task is reported as a suite of its own. datasets: keys of
     `datasets.DATASETS` that must be there before lm-eval can load the tasks. without: tasks that a
-    second average leaves out, as their published scores cannot be trusted.
+    second average leaves out, as their published scores cannot be trusted. chat: asked as
+    conversations by each model's own template, as plain text where a model has none. stock:
+    lm-eval's own task file, below its `tasks`, whose splits are our datasets. needs: modules that
+    its scorer imports and kfuse does not.
     """
 
     name: str
@@ -56,6 +67,11 @@ class Suite:
     datasets: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     reference: str = ""  # the paper whose column it mirrors
+    # Not in the representation, of which `harness.hashing` makes the hash of suites without them.
+    chat: bool = field(default=False, repr=False)
+    stock: str = field(default="", repr=False)
+    splits: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    needs: tuple[str, ...] = field(default=(), repr=False)
 
 
 def known_suites() -> list[str]:

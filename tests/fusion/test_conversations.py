@@ -17,11 +17,16 @@ from fusion.aligned import boundary_pairs, dtw_pairs
 from fusion.conversations import (
     SEPARATOR,
     answers,
+    asked,
+    asking,
+    closing_id,
     frame,
     learned,
     messages_of,
     read,
+    said_in,
     shared_text,
+    words,
 )
 from fusion.corpus import (
     Piece,
@@ -341,3 +346,29 @@ def test_real_templates(shared: Path) -> None:
 def test_a_separator_is_no_part_of_bits(tokenizers: dict[str, Any]) -> None:
     (piece,) = packed(tokenizers["llama"], talk("Q", "A"))
     assert piece.text == "A" + SEPARATOR
+
+
+def test_a_prompt_is_written_by_the_template_or_read_in_plain_text(
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+) -> None:
+    turns = list(talk("One?", "Two.", "Three?"))
+    prompt = asking(turns, "One?\nTwo.\nThree?")
+    assert said_in(prompt) == (turns, "One?\nTwo.\nThree?")
+    assert said_in(asking(turns)) == (turns, None)
+    assert words(prompt) == "One?\n\nTwo.\n\nThree?"
+    text, templated = asked(tokenizers["llama"], prompt)
+    assert templated
+    assert text == "user:\nOne?<|end|>assistant:\nTwo.<|end|>user:\nThree?<|end|>assistant:\n"
+    assert asked(tokenizers["neox"], prompt) == ("One?\nTwo.\nThree?", False)
+    with pytest.raises(RunError, match="no chat template"):
+        asked(tokenizers["neox"], asking(turns))
+
+
+def test_an_answer_is_closed_by_what_the_template_writes_behind_it(tiny: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(tiny["llama"])
+    assert closing_id(tokenizer) == tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<|end|>", "\n<turn>\n")
+    assert closing_id(tokenizer) == tokenizer.get_vocab()["<turn>"] != tokenizer.eos_token_id
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<turn>", "")
+    assert closing_id(tokenizer) is None

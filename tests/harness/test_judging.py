@@ -29,7 +29,7 @@ from harness.measuring import measure_rows
 from harness.plan import Plan, plan
 from harness.recipe import Judge, parse
 from reports.corpus import corpus_score, lc_win_rate, win_counts
-from reports.records import Run, read_scores
+from reports.records import Run, read_samples, read_scores
 
 TEXT = """
 sources: {llama: {path: "tiny:llama"}, gemma: {path: "tiny:gemma"}}
@@ -173,11 +173,12 @@ def test_a_second_turn_stands_after_the_models_own_first_answer(home: Path, serv
     assert lm.seen[0][1] == ["assistant", "said 1"]
 
 
-def test_an_ensemble_is_not_put_conversations(home: Path) -> None:
-    made = planned(home)
-    (step,) = made.evaluations("pack")
-    reasons = measure_rows(made, {"pack": [step]})
-    assert "an ensemble has no chat template" in reasons["pack/tiny_talk"]
+def test_an_ensemble_answers_each_turn_after_its_own_answers(home: Path) -> None:
+    reasons, run = measured(home, "pack")
+    assert reasons == {}
+    said = read_samples(run).generation
+    assert [len(turns) for turns in said] == [2, 2]
+    assert set(read_scores(run).outcome) == {"no_judge"}
 
 
 def test_a_row_may_be_the_judge_and_what_it_says_is_mostly_no_verdict(home: Path) -> None:

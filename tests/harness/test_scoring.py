@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from fusion.conversations import asking
 from harness.packing import SHARED, batches, beginnings, filled
 from harness.scoring import SharedPrefixLM
 
@@ -191,3 +192,17 @@ def test_packs_are_filled_in_order(sizes: list[int], most: int) -> None:
     packs = list(filled(sizes, most))
     assert [i for pack in packs for i in pack] == list(range(len(sizes)))
     assert all(len(pack) == 1 or sum(sizes[i] for i in pack) <= most for pack in packs)
+
+
+def test_an_answer_ends_where_the_template_closes_it_and_a_text_only_at_its_end(
+    tiny: dict[str, Path],
+) -> None:
+    lm = SharedPrefixLM(str(tiny["llama"]), device="cpu")
+    lm.tokenizer.chat_template = str(lm.tokenizer.chat_template).replace("<|end|>", "<|other|>")
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["<|other|>"]})
+    other = lm.tokenizer.get_vocab()["<|other|>"]
+    ends = {
+        prompt: lm._asked(instance("generate_until", prompt, {}))[1].ends
+        for prompt in (asking([("user", "Who?")]), "Who?")
+    }
+    assert list(ends.values()) == [{lm.eot_token_id, other}, {lm.eot_token_id}]

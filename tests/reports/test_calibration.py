@@ -106,6 +106,40 @@ def test_a_second_average_stands_beside_its_own_numbers_and_not_the_wholes(tmp_p
     assert [line[1].text for line in gains.rows] == ["acc, average"]
 
 
+def test_other_metrics_and_two_papers_stand_beside_their_own_numbers(tmp_path: Path) -> None:
+    task = TASK | {"metric": "rating", "n_total": 40}
+    grades = {"base": np.array([0.4, 0.6] * 20), "other": np.array([0.5, 0.7] * 20)}
+    cells = {}
+    for row, values in grades.items():
+        where = run(tmp_path, row, values, tasks=[task], partial=False, judge={"model": "j"})
+        cells[row] = {"acc": {"run": where}}
+        frame = pd.read_parquet(tmp_path / where / "scores.parquet").assign(metric="rating")
+        turns = [frame.assign(metric=f"rating_turn_{n}", value=values - 0.1 * n) for n in (1, 2)]
+        pd.concat([frame, *turns]).to_parquet(tmp_path / where / "scores.parquet")
+    path = store(tmp_path, cells)
+    content = json.loads(path.read_text())
+    content["suites"] = [content["suites"][0] | {"tasks": [task]}]
+    entry = {"suite": "acc", "table": "t", "averages": {"average": ["t1"]}, "items": {}}
+    entry |= {"decimals": 1, "unlike": ""}
+    old = entry | {"paper": "Old", "metrics": [], "values": {"average": 0.5}}
+    new = entry | {"paper": "New", "metrics": ["second turn", "third turn"]}
+    new |= {"values": {"average": 0.3, "second turn": 0.3, "third turn": 0.2}}
+    content["published"] = [e | {"row": row} for row in grades for e in (old, new)]
+    content["published"][2]["values"] = {"average": 0.75}  # Old says +25 points of the other
+    path.write_text(json.dumps(content))
+    report = read(path)
+    text = markdown(report)
+    assert "| base | acc | average | 50.00 | 50.00 | +0.00 | matched" in text
+    assert "| base | acc | average | 30.00 | 50.00 | +20.00 | off" in text
+    assert "| base | acc | second turn | 30.00 | 30.00 | +0.00 | matched" in text
+    assert "| other | acc | second turn | 30.00 | 40.00 | +10.00 | off" in text
+    assert "| base | acc | third turn | 20.00 | – | – | not comparable: not measured" in text
+    panel = published(report)
+    assert panel
+    gains = [line[2].text for line in panel.tables[1].rows]
+    assert gains == ["+25.00", "+0.00"]  # each against its own paper; turns have no gain
+
+
 def test_without_published_numbers_there_is_no_section(tmp_path: Path) -> None:
     values = np.array([1, 0] * 20)
     path = store(

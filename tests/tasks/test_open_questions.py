@@ -23,6 +23,8 @@ from lm_eval.tasks.drop import utils as stock_drop
 from fusion.errors import RunError
 from harness.assets import prepare_data
 from tasks import open_questions
+from tasks.datasets import DATASETS
+from tasks.questions import json_rows
 from tasks.suite import DEFINITIONS
 
 
@@ -239,3 +241,33 @@ def test_a_row_without_an_answer_or_a_column_is_named(
     with pytest.raises(RunError, match=message) as caught:
         prepare_data([name], tmp_path / "home", tmp_path)
     assert f"cannot be read as {name}" in str(caught.value)
+
+
+def test_a_word_problem_has_the_number_behind_its_last_mark() -> None:
+    rows = [{"question": "Q?", "answer": "So 1 #### 2, no.\n#### 1,234"}]
+    (found,) = open_questions.gsm8k(rows)
+    assert (found["gold"], found["question"], found["answer"]) == (
+        "1,234",
+        "Q?",
+        rows[0]["answer"],
+    )
+    with pytest.raises(ValueError, match="question 0 has no answer"):
+        list(open_questions.gsm8k([{"question": "Q?", "answer": "1,234"}]))
+
+
+def test_an_instruction_keeps_only_the_arguments_that_it_has() -> None:
+    row = {"key": 7, "prompt": "P", "instruction_id_list": ["a:b", "c:d"]}
+    (found,) = open_questions.ifeval([row | {"kwargs": [{"n": None}, {"n": 0, "m": None}]}])
+    assert found["kwargs"] == [{}, {"n": 0}]
+    assert (found["key"], found["prompt"], found["cluster"]) == (7, "P", "7")
+    with pytest.raises(ValueError, match="shorter"):
+        list(open_questions.ifeval([row | {"kwargs": [{}]}]))
+
+
+def test_the_problems_that_are_here_are_as_many_as_there_should_be(shared: Path) -> None:
+    for name in ("gsm8k", "gsm8k_train"):
+        dataset = DATASETS[name]
+        raw = (shared / "data" / dataset.files[0]).read_bytes()
+        raw = gzip.decompress(raw) if dataset.files[0].endswith(".gz") else raw
+        assert dataset.render
+        assert len(list(dataset.render(json_rows(raw)))) == dataset.rows

@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from tasks.datasets import DATASETS, held_out, passages
 from tasks.suite import DEFINITIONS, known_suites, load_suite
@@ -31,9 +33,30 @@ def test_a_suite_is_named_as_its_file_and_its_tasks_exist(name: str) -> None:
     assert suite.name == name
     files = [p for p in DEFINITIONS.rglob("*.yaml") if p.parent.name != "tiny"]
     texts = [path.read_text() for path in files]
+    if suite.stock:
+        texts = [(Path(lm_eval.__file__).parent / "tasks" / suite.stock).read_text()]
     for task in suite.tasks:
         assert any(f"task: {task.name}\n" in text for text in texts), task.name
     assert set(suite.datasets) <= set(DATASETS)
+    assert {name for _, name in suite.splits} <= set(suite.datasets)
+
+
+def test_every_task_file_finds_its_functions() -> None:
+    files = [path for path in DEFINITIONS.rglob("*.yaml") if not path.name.startswith("_")]
+    found = [load_yaml(p, resolve_func=True) for p in files if "task: " in p.read_text()]
+    assert len(found) > 100
+    assert {task["task"] for task in found if callable(task.get("custom_dataset"))} >= {
+        "kfuse_mt_bench_math",
+        "kfuse_alpaca_eval",
+    }
+
+
+def test_judges_grades_and_shares_of_right_answers_have_no_common_mean() -> None:
+    for name in known_suites():
+        suite = load_suite(name)
+        metrics = {task.metric for task in suite.tasks}
+        judged = {"rating": {"rating"}, "preference": {"lc_win_rate"}}.get(suite.judged)
+        assert metrics == judged if judged else not metrics & {"rating", "lc_win_rate"}, name
 
 
 def test_unknown_suites_list_the_known_ones() -> None:
