@@ -1,4 +1,7 @@
-"""Ctrl-C and kill -9 of a measurement in two processes: nothing is lost, none stays behind."""
+"""Ctrl-C and kill -9 of a measurement in two processes: nothing is lost, none stays behind.
+
+Two commands at once share the work.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import pytest
 from harness.measuring import measure_rows
 from harness.plan import Plan, Step, plan
 from harness.recipe import load
-from harness.samples import parts
+from harness.samples import parts, spent
 from harness.store import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -100,3 +103,14 @@ def test_interrupted_and_killed_measurements_leave_whole_parts_and_go_on(
         assert all(path.stat().st_mtime_ns == then for path, then in before.items())
         assert contents(step) == contents(reference)
         assert not list(step.folder.glob(".samples*"))
+
+
+def test_two_commands_at_once_measure_nothing_twice(recipe: Path, tmp_path: Path) -> None:
+    runs = [started(recipe, tmp_path / "home") for _ in range(2)]
+    for run in runs:
+        _, said = run.communicate(timeout=2 * PATIENCE)
+        assert run.returncode == 0, said
+    _, step = planned(recipe, tmp_path / "home")
+    assert step.done
+    assert sorted(entry["pack"] for entry in spent(step.folder)) == list(range(16))
+    assert not list((tmp_path / "home" / "running").iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -12,7 +11,7 @@ from harness import shards
 from harness.measuring import measure_rows
 from harness.plan import Plan, Step, plan
 from harness.recipe import parse
-from harness.samples import parts, spent
+from harness.samples import parts
 from harness.store import read_manifest
 
 
@@ -55,20 +54,6 @@ def test_any_number_of_shards_gives_the_same_bytes(
         assert manifest["cost"]["tokens"] > 0
     assert len(found[1]) == 4
     assert found[1] == found[2] == found[5]
-
-
-def test_two_commands_at_once_measure_nothing_twice(
-    tiny: dict[str, Path], tmp_path: Path, text: Path
-) -> None:
-    made, step = planned(tiny["llama"], tmp_path / "home", text, 1)
-    threads = [Thread(target=measure_rows, args=(made, {"model": [step]})) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert step.done
-    assert sorted(entry["pack"] for entry in spent(step.folder)) == [0, 1, 2]
-    assert not list((tmp_path / "home" / "running").iterdir())
 
 
 def test_a_dead_process_is_named_and_what_the_others_did_is_kept(
