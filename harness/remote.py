@@ -51,8 +51,9 @@ def cluster(address: str | None) -> Iterator[Any]:
     if address == "local":
         common |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
+        _reach(address)
         ray.init(address=address, **common)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise RunError(
             f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]}); start "
             "one with `ray start --head`, or leave the address out for this machine alone"
@@ -61,6 +62,13 @@ def cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """OSError if nothing listens at HOST:PORT, for which Ray itself would look for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def carry_out(

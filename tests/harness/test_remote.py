@@ -313,6 +313,13 @@ def test_gpus_are_asked_for_and_must_be_there(
     assert "needs 4 GPUs" in capsys.readouterr().err
 
 
+def test_an_address_where_nothing_answers_is_told_at_once(recipe: Path, home: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    with pytest.raises(RunError, match=r"--address 127\.0\.0\.1:1: no Ray cluster answers"):
+        run(str(recipe), executor="ray", address="127.0.0.1:1")
+    assert not list(home.glob("*/*"))
+
+
 def test_what_is_no_executor_is_said_before_any_work(
     recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
