@@ -40,7 +40,8 @@ class Least(NamedTuple):
         if room == 0:
             return ranks, float(np.nextafter(ranks.dtype.type(self.value), np.inf))
         equal = ranks == self.value
-        mask = (ranks > self.value) | (equal & (equal.cumsum() <= room))
+        # What is not a number is not less, so it is kept, and shows.
+        mask = ~(ranks < self.value) & ~(equal & (equal.cumsum() > room))
         return mask.astype(ranks.dtype), 1.0
 
 
@@ -114,8 +115,13 @@ def _counted(
 
     out = []
     for place, value in enumerate(values(models, base)):
+        if not brackets:  # all of it, what is not a number as well
+            positive = int(np.count_nonzero(value > 0))
+            everything = (-1.0, math.inf), (0, 0), value
+            out.append(_Count(start, value.size, positive, 0, *everything))
+            continue
         real = value.dtype.type
-        low, high = brackets[place] if brackets else (-1.0, math.inf)
+        low, high = brackets[place]
         inside = np.empty(value.size + 1, value.dtype)
         positive, above, between = loops.count(value, real(low), real(high), inside)
         held = inside[:between]
@@ -140,6 +146,8 @@ def _located(pieces: Sequence[_Count], keep: Keep, together: bool) -> Least | No
     equal = [p.at_ends[1] for p in pieces]
     value = high
     if left > sum(equal):
+        if low == high:
+            return None
         left -= sum(equal)
         inside = np.concatenate([p.inside for p in pieces])
         if left <= inside.size:

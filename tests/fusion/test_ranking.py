@@ -73,3 +73,24 @@ def test_nothing_and_everything(keep: int) -> None:
     (least,) = least_kept([("x", [numbers], None)], values, lambda *_: keep)
     ranks, value = least.within(numbers.numpy())
     assert (ranks >= value).tolist() == [bool(keep)] * 3
+
+
+def test_a_sample_of_one_number_is_no_bracket() -> None:
+    numbers = torch.tensor([2.0] * 10 + [1.0] * 20 + [0.5] * 70)
+    before = ranking.SAMPLE
+    ranking.SAMPLE = (1, 4)
+    try:
+        (least,) = least_kept(Rows(numbers, torch.ones(1000)), values, lambda n, _: n * 35 // 100)
+    finally:
+        ranking.SAMPLE = before
+    assert least.value == 0.5
+
+
+@pytest.mark.parametrize("keep", [1, 3, 5, 7])
+def test_what_is_no_number_is_kept(keep: int) -> None:
+    numbers = torch.tensor([1.0, 1.0, float("nan"), 2.0, 1.0, 2.0, 0.5, float("nan")])
+    (least,) = least_kept([("x", [numbers], None)], values, lambda *_: keep)
+    ranks, value = least.within(numbers.numpy())
+    lacks = ranks < value
+    assert not lacks[[2, 7]].any()
+    assert (~lacks).sum() >= keep
