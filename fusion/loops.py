@@ -4,7 +4,7 @@ The same in torch is an operation after another, each through memory again. Arra
 length and one real type. Each product and each sum is rounded by itself and in the order written,
 so neither the machine nor the number of threads decides a bit. No lock is held, so pieces can be
 worked on side by side. The first call in a process compiles a loop, or loads what an earlier
-process has kept on disk.
+process has kept on disk, where there is a place for that.
 
 Symbols as in `merging.py`: τ is a model's θ less θ_0, the `ground`, or θ itself if that is None; τ'
 is τ where its rank, |τ| if None, is at least `least`, else 0.
@@ -25,7 +25,11 @@ Array = np.ndarray
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # numpy's division: Python's would look for a divisor of 0 at each.
-    made = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    how = {"nogil": True, "error_model": "numpy"}
+    try:
+        made = numba.njit(cache=True, **how)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written
+        made = numba.njit(**how)(function)
     return cast("Callable[..., Any]", made)
 
 

@@ -99,8 +99,8 @@ class Changes(NamedTuple):
 
 
 def flat(tensor: Tensor) -> np.ndarray:
-    """The elements of a tensor, at least float32, in their order."""
-    return floating(tensor).reshape(-1).numpy()
+    """The elements of a tensor, at least float32, in their order, side by side in memory."""
+    return floating(tensor.detach()).reshape(-1).contiguous().numpy()
 
 
 def changes(models: Sequence[Tensor], base: Tensor | None) -> Changes:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion import loops
+from fusion.tensors import weighted_sum
 
 LAWS = settings(deadline=None, max_examples=40)
 SIZES = st.sampled_from([0, 1, 3, 63, 64, 65, 1023, 1024, 1025, 3000])
@@ -134,3 +139,29 @@ def test_what_is_no_number_shows() -> None:
         )
         assert np.isnan(out[0])
         assert out[1] == 1
+
+
+def test_it_works_without_a_place_for_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in place of each folder: so that it holds for root, too, who may write anywhere."""
+    (tmp_path / "taken").touch()
+    copy = tmp_path / "copied_loops.py"
+    copy.write_text(Path(loops.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "__pycache__").touch()
+    monkeypatch.setattr("numba.config.CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    spec = spec_from_file_location("copied_loops", copy)
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = np.zeros(2, np.float32)
+    module.magnitude(out, np.array([-1, 2], np.float32), None)
+    assert out.tolist() == [1, 2]
+
+
+def test_it_does_not_matter_how_tensors_lie_in_memory() -> None:
+    whole = torch.arange(12.0).reshape(4, 3)
+    column, like = whole[:, 1], torch.nn.Parameter(whole[:, 2].clone())
+    assert weighted_sum([column, like], [1.0, 2.0]).tolist() == [5, 14, 23, 32]
