@@ -10,16 +10,21 @@ from typing import Any
 
 @cache
 def reachable(timeout: float = 3.0) -> bool:
-    """Whether the model hub answers; asked once."""
+    """Whether the model hub answers, or the proxy through which it is asked; asked once."""
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
     from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
 
     from huggingface_hub.constants import ENDPOINT
 
     hub = urlsplit(ENDPOINT)
+    proxies = {} if proxy_bypass(hub.hostname or "") else getproxies()
+    proxy = proxies.get(hub.scheme) or proxies.get("all")
+    if proxy:
+        hub = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
     try:
-        place = (hub.hostname or "", hub.port or 443)
+        place = (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443))
         socket.create_connection(place, timeout=timeout).close()
     except OSError:
         return False
