@@ -25,11 +25,10 @@ Array = np.ndarray
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # numpy's division: Python's would look for a divisor of 0 at each.
-    how = {"nogil": True, "error_model": "numpy"}
     try:
-        made = numba.njit(cache=True, **how)(function)
+        made = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written
-        made = numba.njit(**how)(function)
+        made = numba.njit(nogil=True, error_model="numpy")(function)
     return cast("Callable[..., Any]", made)
 
 
