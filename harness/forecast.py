@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fusion.conversations import CHAT, words
 from fusion.errors import RunError
 from fusion.spec import Train
 from harness.evaluate import Item, Loaded
@@ -245,7 +246,7 @@ def _counter(plan: Plan, row: str) -> Any:
 
 def _read(sampled: Sequence[Item], n: int, count: Any) -> float:
     """Tokens of n items: contexts and choices once, what all prompts begin with once a pack."""
-    prompts = [item.prompt for item in sampled]
+    prompts = [_said(item.prompt) for item in sampled]
     shared = os.path.commonprefix(prompts) if len(prompts) > 1 else ""
     own = sum(count(text.removeprefix(shared)) for item in sampled for text in _texts(item)) / len(
         sampled
@@ -255,10 +256,15 @@ def _read(sampled: Sequence[Item], n: int, count: Any) -> float:
 
 def _texts(item: Item) -> list[str]:
     """Every text that is read for an item, contexts that requests share once."""
-    texts = dict.fromkeys(str(request.args[0]) for request in item.requests)
+    texts = dict.fromkeys(_said(str(request.args[0])) for request in item.requests)
     kind = item.requests[0].request_type
     choices = [str(r.args[1]) for r in item.requests] if kind == "loglikelihood" else []
     return [*texts, *choices]
+
+
+def _said(prompt: str) -> str:
+    """A prompt as it is read, but for what a template writes around a conversation."""
+    return words(prompt) if prompt.startswith(CHAT) else prompt
 
 
 def _written(items: Sequence[Item]) -> int:
