@@ -31,7 +31,7 @@ PACK = 64  # questions that share one reading of what all of a task's prompts be
 DISAGREE = (0.05, 0.20)  # shares of items on which two rows differ, between which most pairs lie
 RECORD = 1_500  # bytes of an item's record; more than any of the quickstart's
 BYTES = {"float32": 4, "bfloat16": 2}
-UNLIKE = {"bits_per_byte", *CORPUS_METRICS}  # whose items are not right or wrong
+UNLIKE = {"bits_per_byte", "rating", *CORPUS_METRICS}  # whose items are not right or wrong
 
 
 @dataclass(frozen=True)

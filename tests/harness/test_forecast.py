@@ -21,6 +21,7 @@ from harness.forecast_table import duration, sums, table
 from harness.plan import plan
 from harness.recipe import parse
 from harness.run import foresee, overview, pending
+from tasks.suite import known_suites, load_suite
 
 TEXT = """
 sources:
@@ -240,3 +241,8 @@ def test_a_conversation_is_counted_as_it_is_read() -> None:
         items.append(Item("task", number, {}, [Instance("generate_until", {}, (prompt, {}), 0)]))
     said = "".join(text + "\n\n" for _, text in shot)
     assert module._read(items, 3, len) == len(said) + 3 * len("0?")
+
+
+def test_what_a_judge_gives_is_not_right_or_wrong() -> None:
+    judged = [suite for suite in map(load_suite, known_suites()) if suite.judged]
+    assert {task.metric for suite in judged for task in suite.tasks} <= module.UNLIKE
