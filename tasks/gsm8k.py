@@ -6,7 +6,8 @@ model without a chat template reads them as plain text. The number that counts i
 the answer (lm-eval's "flexible-extract"), so that a model need not write "####".
 
 It departs from lm-eval's `--apply_chat_template` in this: what the template writes is read as it
-is, with no BOS before it that the template does not write.
+is, with no BOS before it that the template does not write, and an answer ends with the token that
+closes it in the template, too, whatever the model's generation configuration says.
 """
 
 from tasks.suite import Suite, Task
