@@ -86,7 +86,7 @@ class Checkpoint:
         return str(self._slice(name).get_dtype())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """One tensor, as stored, or its rows from start to below stop."""
+        """One tensor as stored, or its rows from start to below stop; a view, not to be written."""
         with _reading(self.folder):
             if name in self.rows:
                 stop = self.rows[name] if stop is None else stop

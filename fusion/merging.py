@@ -5,8 +5,9 @@ keyword parameters can be given in a recipe. Its family's file has it. Which ten
 model folders, is `checkpoints.py`.
 
 Symbols: θ_i the models in the recipe's order, θ_0 the base, τ_i = θ_i − θ_0, M models, w_i weights.
-All tensors of one call have one shape, any; the result has it, too. It is float32 (float64 where
-float64 was given), and not a bit of it depends on the order of the models or the number of threads.
+All tensors of one call have one shape, any, and one precision; the result has both. It is float32
+(float64 where that was given), and not a bit of it depends on the order of the models or the number
+of threads.
 
 What a method must know beyond one tensor's numbers, it takes by keyword, and does without by
 default: `name` of the tensor, `models` (what tells them apart), `start` (place of the first

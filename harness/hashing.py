@@ -73,6 +73,9 @@ def definition_hash(suite: str) -> str:
     texts = {path: path.read_text() for path in sorted(folder.rglob("*.yaml"))}
     wanted = {f"task: {task.name}" for task in load_suite(suite).tasks}
     used = {path for path, text in texts.items() if wanted & set(text.splitlines())}
+    known = load_suite(suite)
+    if known.stock:  # lm-eval's task file includes ours, from beside the questions
+        used.add(folder / "_stock.yaml")
     waiting = sorted(used)
     while waiting:
         path = waiting.pop()
@@ -81,7 +84,6 @@ def definition_hash(suite: str) -> str:
         waiting += sorted(found - used)
         used |= found
     content = {path.name: texts[path] for path in sorted(used)}
-    known = load_suite(suite)
     content["suite"] = repr(known)
     if known.chat or known.stock:
         content["asked"] = repr([known.chat, known.stock, known.splits])

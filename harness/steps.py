@@ -21,7 +21,7 @@ VERSIONS = {
     "budget": 1,
     "statistics": 1,
     "merge": 4,
-    "evaluate": 2,
+    "evaluate": 3,
 }
 
 

@@ -6,6 +6,7 @@ The questions are made up here; lm-eval's task files, filters and checks are its
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,3 +244,21 @@ def test_without_nltks_part_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(nltk.data, "path", [])
     assert "nltk.downloader punkt_tab" in lacking(load_suite("ifeval"))
+
+
+def test_what_is_ours_of_a_stock_task_is_part_of_its_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tasks
+    from harness.hashing import definition_hash
+
+    room = Path(tasks.__file__).parent
+    shutil.copytree(room, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "tasks" / "__init__.py"))
+    before = definition_hash.__wrapped__("gsm8k")
+    for name in ("_stock.yaml", "splits.py", "data.py"):
+        path = tmp_path / "tasks" / "definitions" / name
+        path.write_text(path.read_text() + "# changed")
+        after = definition_hash.__wrapped__("gsm8k")
+        assert after != before, name
+        before = after
