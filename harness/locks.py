@@ -71,13 +71,18 @@ def _taken(path: Path, sign: dict[str, Any]) -> bool:
     """Whether the lock was free and is now this owner's."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            file.write(json.dumps(sign))
+        file = path.open("x")
     except FileExistsError:
         if path.parent.is_dir():
             return False
         raise RunError(f"{path.parent}: is a file; the store needs a folder there") from None
     except OSError as error:
+        raise world(error, path) from error
+    try:
+        with file:
+            file.write(json.dumps(sign))
+    except OSError as error:  # a full disk: who comes next need not wait for nobody
+        path.unlink(missing_ok=True)
         raise world(error, path) from error
     return True
 

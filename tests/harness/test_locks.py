@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -152,3 +153,16 @@ def test_an_owner_of_this_machine_that_is_suspended_keeps_its_lock(
     with owned(tmp_path, "one"):
         assert time.monotonic() - started > 0.9, "it could have gone on"
     process.wait()
+
+
+def test_a_full_disk_leaves_no_lock_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(locks.json, "dumps", full)
+        with pytest.raises(RunError), owned(tmp_path, "one"):
+            pass
+    assert not list((tmp_path / "running").iterdir())
