@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from transformers.trainer_utils import set_seed
 
 from fusion import restart
 from fusion.corpus import Piece, read_blocks
+from fusion.ending import end_with_parent
 from fusion.errors import RunError
 from fusion.lora import adapt, write
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
@@ -269,7 +271,7 @@ class TrainingLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         clm, fusion = (part / (len(parts) * args.world_size) for part in whole[:2])
-        coverage = whole[2] / whole[3]
+        coverage = whole[2] / max(1.0, whole[3])  # a step of what is only read learns nothing
         self.tokens += int(whole[3])
         seconds = self.seconds + time.monotonic() - self.started
         row = (state.global_step, self.tokens, round(seconds, 3), logs["loss"], clm, fusion)
@@ -385,6 +387,8 @@ def _own_device(job: dict) -> str:
 
 def main() -> None:
     """Run the job file named on the command line."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGKILL)  # a torchrun that is killed leaves its processes behind
     train(json.loads(Path(sys.argv[1]).read_text()))
     if torch.distributed.is_initialized():
         # A process that leaves while another still saves takes the other's connection with it.

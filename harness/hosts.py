@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from harness.status import lives
 from harness.store import home
 
 GLANCE = 1.0  # seconds between two looks at what the host that runs says
+ABSENT = 5  # glances without its sign after which it is gone: a shared folder may miss a few
 LOOK = 30  # glances without anybody who runs, after which it is asked whether anything is left
 
 
@@ -44,24 +46,26 @@ def join(reference: str, overrides: Sequence[str] = ()) -> int:
             f"{loaded.name}: machine.hosts is 1, so nobody is waited for; say `machine.hosts=2`, "
             "or as many as there are, here and where the recipe runs"
         )
-    code, glances, met, helped = 0, 0, False, ""
+    code, glances, away, met, helped = 0, 0, 0, False, ""
     while True:
         sign = _sign(home(), loaded.name)
         if sign is None:
-            if met:
+            away += 1
+            if met and away > ABSENT:
                 say(f"{loaded.name}: built, or no longer run; nothing is left to join")
                 return code
-            if glances % LOOK == 0 and not _left(loaded):
+            if not met and glances % LOOK == 0 and not _left(loaded):
                 say(f"{loaded.name}: all is trained; nothing is left to join")
                 return code
-            if glances == 0:
+            if not met and glances == 0:
                 say(f"waiting for `kfuse run {reference}` on the store {home()}")
             glances += 1
-        elif (call := sign.get("training")) and call["id"] != helped:
-            met, helped = True, call["id"]
-            code = max(code, _help(call))
         else:
-            met = True
+            away, met = 0, True
+            call = sign.get("training")
+            if call and call["id"] != helped:
+                helped = call["id"]
+                code = max(code, _help(call))
         time.sleep(GLANCE)
 
 
@@ -70,15 +74,19 @@ def _name(recipe: str) -> str:
 
 
 def _sign(store: Path, recipe: str) -> dict[str, Any] | None:
-    """What the host that runs this recipe says, if there is one."""
-    for path in sorted((store / "running").glob(f"{_name(recipe)}.*.json")):
+    """What the host that runs this recipe says, if there is one; rather of one that trains.
+
+    Of two that run it one has the lock, and the other waits.
+    """
+    found = []
+    for path in sorted((store / "running").glob(f"{escape(_name(recipe))}.*.json")):
         try:
             sign = json.loads(path.read_text())
             if sign["folder"] == _name(recipe) and lives(sign):
-                return sign
+                found.append(sign)
         except (OSError, ValueError, KeyError):
             continue
-    return None
+    return next((sign for sign in found if sign.get("training")), found[0] if found else None)
 
 
 def _left(loaded: Loaded) -> bool:

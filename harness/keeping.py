@@ -31,12 +31,16 @@ def keep_rows(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
         step, keep = plan.steps[plan.identities[row]], plan.recipe.variants[row].keep
         assert keep
         try:
-            _keep(plan, row, step, keep.bits)
+            with owned(plan.home, step.folder.name):  # another process may be at it
+                _keep(plan, row, step, keep.bits)
         except (RunError, OSError) as error:
             reasons[row] = str(world(error, step.folder) if isinstance(error, OSError) else error)
     for row in rows:  # last: until here, all of it is there, also what another row is kept from
-        for path in _weights(plan.steps[plan.identities[row]].folder) if row not in reasons else ():
-            path.unlink()
+        folder = plan.steps[plan.identities[row]].folder
+        if row not in reasons:
+            with owned(plan.home, folder.name):
+                for path in _weights(folder):
+                    path.unlink()
     return reasons
 
 

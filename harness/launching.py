@@ -7,15 +7,20 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from fusion.ending import end_with_parent
 from fusion.errors import RunError
 from harness.progress import say, saying
 
 PATIENCE = 600  # seconds that hosts wait for each other
+SEEN = 60.0  # seconds until what another host has written must be seen here
+GRACE = 40  # seconds that torchrun has to end its processes, which it gives 30
 
 
 def launch(job: Path, processes: int, hosts: int = 1) -> None:
@@ -51,8 +56,23 @@ def help_out(call: dict[str, Any]) -> None:
 
 
 def _require(path: Path) -> None:
-    """RunError if this host does not see what a job names."""
+    """RunError if this host does not see what a job names, nor comes to while it waits.
+
+    What another host has just written is not seen at once on every shared folder.
+    """
+    deadline = time.monotonic() + SEEN
+    while True:
+        try:
+            return _look(path)
+        except RunError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
+
+
+def _look(path: Path) -> None:
     try:
+        os.listdir(path.parent)  # asks the server, in place of what is remembered
         job = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read here ({error}); hosts share one store") from error
@@ -84,8 +104,8 @@ def _torchrun(job: Path, processes: int, options: Sequence[str], log: Path) -> N
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     environment |= {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     with log.open("w") as out:
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
+        code = _run(command, out, environment)
+    if code:
         said = log.read_text(errors="replace")
         if "RendezvousTimeoutError" in said:
             raise RunError(
@@ -93,7 +113,30 @@ def _torchrun(job: Path, processes: int, options: Sequence[str], log: Path) -> N
                 f"with this recipe on each of the others, on the same store ({log})"
             )
         end = "\n".join(said.splitlines()[-15:])
-        raise RunError(f"training ended with {done.returncode}; {log} ends:\n{end}")
+        raise RunError(f"training ended with {code}; {log} ends:\n{end}")
+
+
+def _run(command: Sequence[str], out: IO[str], environment: dict[str, str]) -> int:
+    """Run to its end; whatever ends this process ends it, too.
+
+    What went on would write into a folder that the next command takes for its own.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        preexec_fn=end_with_parent,
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()  # torchrun ends its processes then, which it cannot once it is killed
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        process.kill()
+        process.wait()
+        raise
 
 
 def _free_port() -> int:

@@ -1,9 +1,10 @@
 """One owner at a time of what is made in a store, on this machine or on another that shares it.
 
 A lock is a file in `running/` that its owner renews. Whoever finds one waits, and takes it away if
-its owner is gone: at once if that was a process of this machine, else when the file has not been
-renewed for a minute by the clock of the one who waits, since clocks of machines differ. A file is
-created exclusively, which folders shared by NFS, Lustre or SMB grant, too.
+its owner is gone: at once if that was a process of this machine, never while that is there, if only
+suspended, else when the file has not been renewed for a minute by the clock of the one who waits,
+since clocks of machines differ. A file is created exclusively, which folders shared by NFS, Lustre
+or SMB grant, too.
 """
 
 from __future__ import annotations
@@ -70,13 +71,18 @@ def _taken(path: Path, sign: dict[str, Any]) -> bool:
     """Whether the lock was free and is now this owner's."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            file.write(json.dumps(sign))
+        file = path.open("x")
     except FileExistsError:
         if path.parent.is_dir():
             return False
         raise RunError(f"{path.parent}: is a file; the store needs a folder there") from None
     except OSError as error:
+        raise world(error, path) from error
+    try:
+        with file:
+            file.write(json.dumps(sign))
+    except OSError as error:  # a full disk: who comes next need not wait for nobody
+        path.unlink(missing_ok=True)
         raise world(error, path) from error
     return True
 
@@ -85,8 +91,10 @@ def _waited(path: Path, sign: dict[str, Any]) -> bool:
     """Wait until the lock is free or its owner gone, and take it."""
     last, since, told = _look(path), time.monotonic(), False
     while True:
-        if last and (_gone(last[0]) or time.monotonic() - since > LOST):
-            _take_away(path, last)
+        if last:
+            gone = _gone(last[0])
+            if gone or (gone is None and time.monotonic() - since > LOST):
+                _take_away(path, last)
         if _taken(path, sign):
             return True
         found = _look(path)
@@ -115,13 +123,16 @@ def _owner(text: str) -> dict[str, Any] | None:
     return None
 
 
-def _gone(text: str) -> bool:
-    """Whether the owner was a process of this machine and is none any more."""
+def _gone(text: str) -> bool | None:
+    """Whether the owner, a process of this machine, is none any more; None if it is elsewhere."""
     import psutil
 
     owner = _owner(text)
     if owner is None or (owner["host"], owner["space"]) != (socket.gethostname(), _space()):
-        return False
+        return None
+    if owner["pid"] == os.getpid():
+        own = abs(psutil.Process().create_time() - owner["born"])
+        return own > LOST or None  # of a thread, or of a container that was started anew
     try:
         process = psutil.Process(owner["pid"])
         ended = process.status() == psutil.STATUS_ZOMBIE
@@ -129,7 +140,7 @@ def _gone(text: str) -> bool:
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:
-        return False
+        return None
 
 
 def _take_away(path: Path, seen: tuple[str, int]) -> None:

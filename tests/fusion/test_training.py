@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,22 @@ def test_a_last_step_of_fewer_blocks_is_their_mean_however_they_are_shared_out(
             assert float(row["loss"]) == pytest.approx(sum(blocks) / len(blocks), rel=1e-5)
         assert [row["tokens"] for row in log] == [row["tokens"] for row in logs[0]]
         assert [row["coverage"] for row in log] == [row["coverage"] for row in logs[0]]
+
+
+def test_a_step_without_anything_to_learn_is_passed(
+    prepared: dict[str, Any], tmp_path: Path
+) -> None:
+    """As of a conversation whose answers do not fit into its block."""
+    blocks = list(read_blocks(Path(prepared["corpus"])))[:3]
+    piece = blocks[0][0]
+    blocks[0] = [replace(piece, ids=piece.ids[:1], ends=piece.ends[:1])]
+    write_blocks(tmp_path / "blocks.parquet", blocks)
+    made = job(prepared, tmp_path / "clm") | {"fuse": None, "sources": []}
+    train_ = TRAIN | {"batch_blocks": 1}
+    train(made | {"corpus": str(tmp_path / "blocks.parquet"), "train": train_})
+    log = rows(tmp_path / "clm")
+    assert [float(row["loss"]) > 0 for row in log] == [False, True, True]
+    assert log[0]["tokens"] == "0"
 
 
 def test_processes_that_cannot_share_a_step_evenly_are_refused(

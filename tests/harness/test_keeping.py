@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,6 +17,7 @@ from fusion.checkpoints import identity
 from fusion.corpus import read_blocks
 from fusion.errors import RecipeError, RunError
 from fusion.models import load_model
+from harness import keeping
 from harness.build import _carry_out, build, model_folder
 from harness.keeping import _texts, keep_rows, restore_to
 from harness.measuring import Measuring
@@ -179,6 +183,29 @@ def test_a_row_comes_back_from_one_that_is_kept_itself(
     assert not list(home.rglob("*.safetensors"))
     assert model_folder(chain, "b") == folders["b"]
     assert {name: identity(folder) for name, folder in folders.items()} == before
+
+
+def test_two_commands_that_keep_a_row_at_once_compress_it_once(
+    chain: Plan, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressed, calls, reasons = keeping._compressed, list[str](), list[dict[str, str]]()
+
+    def slowly(plan: Plan, row: str, *rest: Any) -> dict[str, Any]:
+        calls.append(row)
+        time.sleep(0.5)  # long enough for the other to begin
+        return compressed(plan, row, *rest)
+
+    monkeypatch.setattr(keeping, "_compressed", slowly)
+    both = [
+        threading.Thread(target=lambda: reasons.append(keep_rows(chain, ["a"]))) for _ in range(2)
+    ]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert reasons == [{}, {}]
+    assert calls == ["a"]
+    assert not list(row(home, "a").glob("*.safetensors"))
 
 
 def test_rows_that_would_come_back_from_each_other_are_refused(

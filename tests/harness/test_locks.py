@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fusion.errors import RunError
@@ -134,3 +137,32 @@ def test_a_store_that_takes_no_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "running").write_text("a file where the folder should be")
     with pytest.raises(RunError, match="running"), owned(tmp_path, "one"):
         pass
+
+
+def test_an_owner_of_this_machine_that_is_suspended_keeps_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOST", 0.2)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    born = psutil.Process(process.pid).create_time()
+    process.send_signal(signal.SIGSTOP)
+    leave(tmp_path, pid=process.pid, born=born)
+    ends = threading.Timer(1.0, process.kill)
+    ends.start()
+    started = time.monotonic()
+    with owned(tmp_path, "one"):
+        assert time.monotonic() - started > 0.9, "it could have gone on"
+    process.wait()
+
+
+def test_a_full_disk_leaves_no_lock_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(locks.json, "dumps", full)
+        with pytest.raises(RunError), owned(tmp_path, "one"):
+            pass
+    assert not list((tmp_path / "running").iterdir())
