@@ -53,6 +53,8 @@ def make(plan: Plan, step: Step) -> str | None:
     """Carry out one step, unless another process has by now; the reason if it could not be."""
     try:
         with owned(plan.home, step.folder.name):
+            with suppress(OSError):  # a shared folder may remember that a file was not there
+                os.listdir(step.folder)
             if step.done:
                 return None
             (step.folder / "failed.json").unlink(missing_ok=True)
