@@ -6,6 +6,7 @@ that row, and what depends on it, "not built" with the reason; the other rows go
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections import Counter
