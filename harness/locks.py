@@ -1,10 +1,10 @@
 """One owner at a time of what is made in a store, on this machine or on another that shares it.
 
 A lock is a file in `running/` that its owner renews. Whoever finds one waits, and takes it away if
-its owner is gone: at once if that was a process of this machine, never while that is there, if only
-suspended, else when the file has not been renewed for a minute by the clock of the one who waits,
-since clocks of machines differ. A file is created exclusively, which folders shared by NFS, Lustre
-or SMB grant, too.
+its owner is gone: at once if that was a process of this machine, never while that is suspended, else
+when the file has not been renewed for a minute by the clock of the one who waits, since clocks of
+machines differ. A file is created exclusively, which folders shared by NFS, Lustre or SMB grant,
+too.
 """
 
 from __future__ import annotations
@@ -124,7 +124,11 @@ def _owner(text: str) -> dict[str, Any] | None:
 
 
 def _gone(text: str) -> bool | None:
-    """Whether the owner, a process of this machine, is none any more; None if it is elsewhere."""
+    """Whether the owner, a process of this machine, is none any more.
+
+    None if it is elsewhere, or lives: one that no longer renews its lock hangs. One that is
+    suspended can go on.
+    """
     import psutil
 
     owner = _owner(text)
@@ -135,8 +139,11 @@ def _gone(text: str) -> bool | None:
         return own > LOST or None  # of a thread, or of a container that was started anew
     try:
         process = psutil.Process(owner["pid"])
-        ended = process.status() == psutil.STATUS_ZOMBIE
-        return ended or abs(process.create_time() - owner["born"]) > LOST  # clocks are set
+        state = process.status()
+        another = abs(process.create_time() - owner["born"]) > LOST  # clocks are set
+        if another or state == psutil.STATUS_ZOMBIE:
+            return True
+        return False if state == psutil.STATUS_STOPPED else None
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:
