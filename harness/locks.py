@@ -1,7 +1,7 @@
 """One owner at a time of what is made in a store, on this machine or on another that shares it.
 
 A lock is a file in `running/` that its owner renews. Whoever finds one waits, and takes it away if
-its owner is gone: at once if that was a process of this machine, never while that is suspended, else
+its owner is gone: at once if that was a process of this machine, never while it is suspended, else
 when the file has not been renewed for a minute by the clock of the one who waits, since clocks of
 machines differ. A file is created exclusively, which folders shared by NFS, Lustre or SMB grant,
 too.
