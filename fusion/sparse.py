@@ -69,7 +69,7 @@ def _kept(parts: Changes, found: Sequence[Least], start: int = 0) -> Changes:
     """The largest of each change, by magnitude."""
     models, leasts = list(parts.models), [max(0.0, least.value) for least in found]
     for place, least in enumerate(found):
-        if least.room is None:
+        if least.room is None or start not in least.room:
             continue
         ranks = magnitudes(models[place], parts.base)
         rank, leasts[place] = least.within(ranks, start)

@@ -118,7 +118,9 @@ def merging() -> None:
             f"MB, {torch.get_num_threads()} threads (floors: 60% of copying, {COUNT + 2} largest "
             "tensors of memory)"
         )
-        imports = _watched([str(theirs), "--help"]) if theirs else (0.0, 0.0, 0.0)
+        imports = (0.0, 0.0, 0.0)
+        for _ in range(2 if theirs else 0):  # the first time reads them from the disk
+            imports = _watched([str(theirs), "--help"])
         for method in MERGE_METHODS:
             _method(root, method, largest, str(theirs) if theirs else "", imports)
         if not theirs:

@@ -22,28 +22,12 @@ from fusion.models import load_model, load_tokenizer, skeleton
 from fusion.spec import LoRA
 from fusion.training import attach_loss, train
 from fusion.vocabulary import build
+from tests.fusion.test_training import MACHINE
+from tests.fusion.test_training import TRAIN as PLAIN
 
 pytest.importorskip("peft")
 
-TRAIN = {
-    "learning_rate": 1e-2,
-    "schedule": "cosine",
-    "warmup": 0.1,
-    "batch_blocks": 2,
-    "epochs": 1,
-    "betas": [0.9, 0.95],
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
-    "dtype": "float32",
-}
-MACHINE = {
-    "device": "cpu",
-    "micro_batch": 1,
-    "gradient_checkpointing": False,
-    "checkpoint_every": 2,
-    "deepspeed": None,
-    "progress": False,
-}
+TRAIN = PLAIN | {"learning_rate": 1e-2}
 RANK = 3
 # Dropout draws random numbers, so that a resumed run has to go on with those of the broken one.
 ADAPTERS = {"rank": RANK, "alpha": 6.0, "dropout": 0.1, "targets": "all-linear"}
