@@ -24,7 +24,7 @@ from harness.run import run
 from harness.store import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 400  # seconds: several processes import torch on few cores
+PATIENCE = 200  # seconds until what is waited for has come
 # What tells when, where or by which commit something was made, and what it took.
 OCCASION = ("manifest.json", "ledger.jsonl", "job.json", "training.csv", "hashes.json")
 
@@ -101,11 +101,11 @@ def finished(home: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for folder in folders for p in folder.iterdir()}
 
 
-def until(found: Callable[[], Any]) -> Any:
+def until(found: Callable[[], Any], said: Path | None = None) -> Any:
     """What is found at last."""
     deadline = time.monotonic() + PATIENCE
     while not (it := found()):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, said and said.read_text()
         time.sleep(0.02)
     return it
 
@@ -126,9 +126,8 @@ def raylet_of(node: Any) -> int:
 def command(recipe: Path, home: Path, address: str) -> subprocess.Popen[str]:
     environment = os.environ | {"KFUSE_HOME": str(home), "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "harness.cli", "run", str(recipe), "--executor", "ray"]
-    return subprocess.Popen(
-        [*line, "--address", address], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    with (home / "said").open("w") as said:
+        return subprocess.Popen([*line, "--address", address], env=environment, stderr=said)
 
 
 @pytest.mark.skipif(
@@ -142,7 +141,7 @@ def test_killed_workers_commands_and_nodes_change_no_byte(
     first = command(recipe, tmp_path, nodes.address)
     until(lambda: list(tmp_path.glob("distributions/capture-*/manifest.json")))
     first.kill()
-    first.communicate()
+    first.wait()
     before = finished(tmp_path)
     assert not list(tmp_path.glob("models/merged-*/manifest.json")), "it ended before it was done"
 
@@ -153,8 +152,9 @@ def test_killed_workers_commands_and_nodes_change_no_byte(
     raylet = psutil.Process(other).ppid()
     (lost,) = (node for node in nodes.two if raylet_of(node) == raylet)
     nodes.remove_node(lost, allow_graceful=False)
-    _, said = second.communicate(timeout=PATIENCE)
-    assert second.returncode == 0, said
+    code = until(lambda: second.poll() is not None and [second.returncode], tmp_path / "said")[0]
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said
     assert said.count("train fused: its worker was lost") == 2
     assert "share 2 of 2" in said
     after = finished(tmp_path)
