@@ -155,6 +155,24 @@ def test_an_owner_of_this_machine_that_is_suspended_keeps_its_lock(
     process.wait()
 
 
+def test_an_owner_of_this_machine_that_hangs_loses_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOST", 0.5)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    leave(tmp_path, pid=process.pid, born=psutil.Process(process.pid).create_time())
+    ends = threading.Timer(20.0, process.kill)
+    ends.start()
+    started = time.monotonic()
+    try:
+        with owned(tmp_path, "one"):
+            assert 0.4 < time.monotonic() - started < 15, "at once, or only when it had ended"
+    finally:
+        ends.cancel()
+        process.kill()
+        process.wait()
+
+
 def test_a_full_disk_leaves_no_lock_of_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
