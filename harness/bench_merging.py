@@ -1,15 +1,17 @@
 """What merging five checkpoints costs beside copying the same bytes, and beside mergekit.
 
 The checkpoints have the shapes of SmolLM2-135M (538 MB each in float32) and random weights; all
-lie in TMPDIR. Copying reads the bytes of all that a merge reads and writes those of one; both find
-the files in memory, so the disk is no part of it. Each method merges in a process of its own: once
-so that its loops are compiled (a second or two, once for a number of models), once for the time,
-and once with three threads for its peak. That is of what it allocated (RssAnon, as the system
+lie in TMPDIR. Copying reads the bytes of all that a merge reads and writes those of one. Both are
+timed twice: on the disk, with nothing of the files in memory before and the output on the disk
+after, as models of billions of parameters are merged; and in memory, where files are read that lie
+there and the system writes when it likes. Each method merges in a process of its own: small models,
+so that its loops are compiled (a second or two, once for a number of models), then on the disk, in
+memory, and with three threads for its peak. That is of what it allocated (RssAnon, as the system
 counts it, above that before the merge): pages of mapped files, which the system takes back at need,
-do not count. mergekit runs on the same files where KFUSE_MERGEKIT names its `mergekit-yaml`; its
-imports are timed apart and left out. CPU seconds stand beside the seconds, as they say more on a
-machine that is not idle. Methods that take statistics of a corpus are left out: random weights have
-none that mean anything.
+do not count. mergekit runs on the same files, in memory, where KFUSE_MERGEKIT names its
+`mergekit-yaml`; its imports are timed apart and left out. CPU seconds stand beside the seconds, as
+they say more on a machine that is not idle. Methods that take statistics of a corpus are left out:
+random weights have none that mean anything.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 49_152,
     "tie_word_embeddings": True,
 }
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weights": [0.25] * (COUNT - 1)},
     "ties@mergekit": {"density": 0.2},
@@ -56,25 +61,39 @@ THEIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sce@mergekit": ("sce", {}, {"select_topk": 0.1}),
     "model_stock": ("model_stock", {}, {}),
 }
-# Folders, the base's or nothing, where to, method, options: merges three times.
+# Folders, small folders, the base's number or -1, where to, method, options.
 _OURS = """
 import hashlib, json, os, sys, threading, time, torch
 from pathlib import Path
 from fusion.checkpoints import merge
-folders, base, out, method, options = json.loads(sys.argv[1])
+from harness.bench_merging import forget
+folders, small, base, out, method, options = json.loads(sys.argv[1])
 def held():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 torch.ones(4) @ torch.ones(4)
 seen = []
-def once():
-    merge([Path(f) for f in folders], Path(base) if base else None, Path(out), method, options)
-    with (Path(out) / "model.safetensors").open("rb") as data:
+written = Path(out) / "model.safetensors"
+def once(folders, sync=False):
+    folders = [Path(f) for f in folders]
+    started, used = time.perf_counter(), sum(os.times()[:2])
+    onto = folders.pop(base) if base >= 0 else None
+    merge(folders, onto, Path(out), method, options)
+    if sync:
+        with written.open("rb") as data:
+            os.fsync(data.fileno())
+    taken = time.perf_counter() - started, sum(os.times()[:2]) - used
+    with written.open("rb") as data:
         seen.append(hashlib.file_digest(data, "sha256").hexdigest())
-once()
-started, used = time.perf_counter(), sum(os.times()[:2])
-merge([Path(f) for f in folders], Path(base) if base else None, Path(out), method, options)
-seconds = time.perf_counter() - started, sum(os.times()[:2]) - used
+    written.unlink()
+    os.sync()
+    return taken
+once(small)
+seen.clear()
+forget(folders)
+cold = once(folders, True)
+once(folders)
+warm = once(folders)
 # Once more with other threads and watched, which takes time of its own.
 before, peak, done = held(), [0], threading.Event()
 def watch():
@@ -83,10 +102,10 @@ def watch():
 torch.set_num_threads(3)
 watching = threading.Thread(target=watch)
 watching.start()
-once()
+once(folders)
 done.set()
 watching.join()
-print(json.dumps([*seconds, peak[0] - before, len(set(seen))]))
+print(json.dumps([*cold, *warm, peak[0] - before, len(set(seen))]))
 """
 # Runs a command; prints its seconds, its CPU seconds and its largest RssAnon in bytes.
 _WATCH = """
@@ -132,19 +151,24 @@ def merging() -> None:
 def _method(
     root: Path, method: str, largest: int, theirs: str, imports: tuple[float, float, float]
 ) -> None:
-    folders = [root / f"m{number}" for number in range(2 if method == "slerp" else COUNT)]
+    count = 2 if method == "slerp" else COUNT
+    folders, small = ([root / f"{kind}{n}" for n in range(count)] for kind in ("m", "small"))
     base = folders[0] if needs_base(method) else None
     copied = _copied(folders, root)
-    inputs = [str(folder) for folder in folders if folder != base]
-    job = [inputs, base and str(base), str(root / "ours"), method, OPTIONS.get(method, {})]
-    seconds, used, peak, kinds = json.loads(_output([sys.executable, "-c", _OURS, json.dumps(job)]))
+    job = [list(map(str, folders)), list(map(str, small)), -1 if base is None else 0]
+    job += [str(root / "ours"), method, OPTIONS.get(method, {})]
+    cold, _, seconds, used, peak, kinds = json.loads(
+        _output([sys.executable, "-c", _OURS, json.dumps(job)])
+    )
     copied = [min(pair) for pair in zip(copied, _copied(folders, root), strict=True)]
     same = "same bytes" if kinds == 1 else "BYTES DIFFER"
     line = (
-        f"  {method:<16}{seconds:6.2f} s, {copied[0] / seconds:4.0%} of copying; {used:5.2f} CPU "
-        f"s, {copied[1] / used:4.0%}; {peak / largest:5.2f} largest tensors; {same} with "
+        f"  {method:<16}{cold:6.2f} s on the disk, {copied[0] / cold:4.0%} of copying; "
+        f"{seconds:5.2f} s in memory, {copied[1] / seconds:4.0%}; {used:5.2f} CPU s, "
+        f"{copied[2] / used:4.0%}; {peak / largest:5.2f} largest tensors; {same} with "
         f"{torch.get_num_threads()} and 3 threads"
     )
+    inputs = [str(folder) for folder in folders if folder != base]
     if theirs and method in THEIRS:
         name, each, every = THEIRS[method]
         config: dict[str, Any] = {"merge_method": name, "dtype": "float32", "parameters": every}
@@ -164,38 +188,65 @@ def _method(
 
 
 def _models(root: Path) -> int:
-    """Write the checkpoints, small changes of one; bytes of a model's largest tensor."""
+    """Write the checkpoints, small changes of one, and small ones; bytes of the largest tensor."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]))
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    g = torch.Generator().manual_seed(1)
-    for number in range(COUNT):
-        folder = root / f"m{number}"
-        model.config.save_pretrained(folder)
-        changed = {
-            name: tensor + 1e-3 * (number > 0) * torch.randn(tensor.shape, generator=g)
-            for name, tensor in weights.items()
-        }
-        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    return max(tensor.nbytes for tensor in weights.values())
+    largest = 0
+    for kind, shape in (("small", SHAPE | SMALL), ("m", SHAPE)):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**shape, architectures=["LlamaForCausalLM"]))
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        g = torch.Generator().manual_seed(1)
+        for number in range(COUNT):
+            folder = root / f"{kind}{number}"
+            model.config.save_pretrained(folder)
+            changed = {
+                name: tensor + 1e-3 * (number > 0) * torch.randn(tensor.shape, generator=g)
+                for name, tensor in weights.items()
+            }
+            save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        largest = max(tensor.nbytes for tensor in weights.values())
+    os.sync()
+    return largest
+
+
+def forget(folders: Sequence[Path | str]) -> None:
+    """Have the system drop what it holds in memory of the models' files."""
+    os.sync()
+    for folder in folders:
+        with (Path(folder) / "model.safetensors").open("rb") as data:
+            os.posix_fadvise(data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _copied(folders: list[Path], root: Path) -> list[float]:
-    """Seconds, and CPU seconds, to read all models and write one; the best of two times."""
-    seconds = []
+    """Seconds to read all models and write one, on the disk and in memory, and its CPU seconds.
+
+    The best of two times.
+    """
+    found = []
     for _ in range(2):
-        started, used = time.perf_counter(), sum(os.times()[:2])
-        with (root / "copy").open("wb") as out:
-            for folder in folders:
-                with (folder / "model.safetensors").open("rb") as data:
-                    while block := data.read(1 << 22):
-                        if folder is folders[0]:
-                            out.write(block)
-        seconds.append((time.perf_counter() - started, sum(os.times()[:2]) - used))
-        (root / "copy").unlink()
-    return [min(column) for column in zip(*seconds, strict=True)]
+        forget(folders)
+        cold, _ = _copy(folders, root, sync=True)
+        found.append((cold, *_copy(folders, root)))
+    return [min(column) for column in zip(*found, strict=True)]
+
+
+def _copy(folders: list[Path], root: Path, sync: bool = False) -> tuple[float, float]:
+    """Seconds and CPU seconds of it; with `sync`, what is written is on the disk."""
+    started, used = time.perf_counter(), sum(os.times()[:2])
+    with (root / "copy").open("wb") as out:
+        for folder in folders:
+            with (folder / "model.safetensors").open("rb") as data:
+                while block := data.read(1 << 22):
+                    if folder is folders[0]:
+                        out.write(block)
+        out.flush()
+        if sync:
+            os.fsync(out.fileno())
+    seconds = time.perf_counter() - started, sum(os.times()[:2]) - used
+    (root / "copy").unlink()
+    os.sync()
+    return seconds
 
 
 def _watched(command: list[str]) -> tuple[float, float, float]:
