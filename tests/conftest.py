@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+
+from tests.warm import Warm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -39,6 +41,12 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the libraries made out of collections of garbage, each of which visits all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -86,18 +94,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what `kfuse run tiny` left in an empty store, `home`, and said: run once."""
+    from tests.test_pipeline import here
+
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # above what each of its processes has for itself
         folder = folder.parent
     folder /= "tiny-run"
     with FileLock(f"{folder}.lock"):
         if not (folder / "said").exists():
-            environment = os.environ | {"KFUSE_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-m", "harness.cli", "run", "tiny"]
             folder.mkdir(exist_ok=True)
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=environment, cwd=ROOT
-            )
+            done = here("run", "tiny", home=folder / "home")
             assert done.returncode == 0, done.stdout + done.stderr
             (folder / "said").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A server of processes that need not read the libraries of training and measuring."""
+    modules = ("harness.build", "harness.measuring", "harness.report", "reports.report")
+    server = Warm("harness.cli", *modules, "fusion.training", "deepspeed")
+    yield server
+    server.close()

@@ -8,14 +8,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,8 +29,10 @@ from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
 from fusion.training import Blocks, train
 from fusion.vocabulary import build
+from tests.warm import Warm, ranks
+from tests.warm import job as alone
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ALIKE = "from fusion.training import main; main()"
 TRAIN = {
     "learning_rate": 3e-3,
     "schedule": "cosine",
@@ -126,19 +128,18 @@ def _whole(state: Path) -> bool:
 
 
 def test_a_run_killed_midway_ends_with_the_same_bytes(
-    prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+    warm: Warm, prepared: dict[str, Any], unbroken: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
     made = job(prepared, out)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fusion.training", str(out / "job.json")]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    (process,) = warm.start([alone(ALIKE, tmp_path / "said", [str(out / "job.json")])])
     deadline = time.monotonic() + 60
-    while not any(map(_whole, out.glob("checkpoints/*/*.json"))) and process.poll() is None:
+    while not any(map(_whole, out.glob("checkpoints/*/*.json"))) and psutil.pid_exists(process):
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    warm.wait()
     if (out / "model.safetensors").exists():
         pytest.skip("the run was over before it could be killed")
     facts = train(made)
@@ -338,20 +339,13 @@ training.main()
 """
 
 
-def in_two_processes(out: Path, script: str, **environment: str) -> str:
+def in_two_processes(warm: Warm, out: Path, script: str, **environment: str) -> str:
     """Run a script on the job in a folder in two processes; what they printed."""
-    path = out / "script.py"
-    path.write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(path), str(out / "job.json")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-    )
-    said = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
-    assert done.returncode == 0, "\n".join(said or [done.stderr])[-9000:]
-    return done.stdout
+    said = out / "said"
+    said.unlink(missing_ok=True)
+    warm.start(ranks(script, said, [str(out / "job.json")], 2, **environment))
+    assert warm.wait() == [0, 0], said.read_text()[-9000:]
+    return said.read_text()
 
 
 # Each process says which block of which store it reads.
@@ -364,14 +358,13 @@ def told(self, block, pieces=None):
     return read(self, block, pieces)
 distributions.Store.read = told
 """
-ALIKE = "from fusion.training import main; main()"
 
 
 def test_two_that_share_a_model_by_fsdp_read_their_own_and_give_the_loss_of_one(
-    prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+    warm: Warm, prepared: dict[str, Any], unbroken: Path, tmp_path: Path
 ) -> None:
     job(prepared, tmp_path / "two", fsdp=True)
-    said = in_two_processes(tmp_path / "two", READING + FSDP_ON_CPUS)
+    said = in_two_processes(warm, tmp_path / "two", READING + FSDP_ON_CPUS)
     read = re.findall(r"read (\d) (\w+) (\d+)\n", said)
     own = [(str(b % 2), source, str(b)) for b in range(16) for source in ("gemma", "llama")]
     assert sorted(read) == sorted(own)  # its own rows' distributions, once, and no others'
@@ -397,9 +390,12 @@ leaving.FusionTrainer._save_checkpoint = left
 """
 
 
-@pytest.mark.timeout(900)  # six times torch's and DeepSpeed's imports
 def test_any_way_to_share_a_model_goes_on_where_another_was_interrupted(
-    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warm: Warm,
+    prepared: dict[str, Any],
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One process, then two by each way, then one again: every way writes and reads."""
     out = tmp_path / "passed on"
@@ -419,7 +415,7 @@ def test_any_way_to_share_a_model_goes_on_where_another_was_interrupted(
         shared = {"deepspeed": name} if name.startswith("zero") else shared
         job(prepared, out, checkpoint_every=1, **shared)
         script = LEAVING + (FSDP_ON_CPUS if name == "fsdp" else ALIKE)
-        in_two_processes(out, script, LEAVE_AFTER=str(after))
+        in_two_processes(warm, out, script, LEAVE_AFTER=str(after))
         assert [path.name for path in out.glob("checkpoints/*")] == [f"checkpoint-{after}"], name
     assert train(job(prepared, out))["resumed_from"] == after
     for one, other in zip(rows(unbroken), rows(out), strict=True):
