@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,15 +21,16 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.warm import ROOT, Warm, command
+
 ROWS = ["llama", "gemma", "neox", "clm", "fused", "merged", "pack"]
 
 
 def kfuse(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     environment = os.environ | {"KFUSE_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "harness.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    line = [sys.executable, "-m", "harness.cli", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 def here(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -148,48 +149,27 @@ def test_without_consent_no_code_runs_and_the_table_says_why(tmp_path: Path) -> 
     assert not (tmp_path / "evaluations").exists()
 
 
-# Reads the libraries once, then runs the recipe in a fresh process for each store that it is told.
-WARM = """
-import os, sys
-import harness.build, harness.measuring, harness.report, fusion.training, reports.report
-from harness.cli import main
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.environ["KFUSE_HOME"] = line.strip()
-        sys.argv = ["kfuse", "run", "tiny"]
-        main()
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 def measured(home: Path) -> dict[str, bytes]:
     """Records, scores, weights and table of a store, as bytes."""
     files = [*home.glob("evaluations/*/*.parquet"), *home.glob("models/*/*.safetensors")]
     return {str(p.relative_to(home)): p.read_bytes() for p in [*files, report(home, "csv")]}
 
 
-def test_killed_at_any_time_it_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_killed_at_any_time_it_goes_on(warm: Warm, finished: Path, tmp_path: Path) -> None:
     moments = random.Random(8)
-    quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", WARM], cwd=ROOT, text=True, **quiet) as warm:  # type: ignore[call-overload]
-        assert warm.stdin
-        assert warm.stdout
-        killed, code = 0, -1
-        while code != 0:
-            warm.stdin.write(f"{tmp_path}\n")
-            warm.stdin.flush()
-            child = int(warm.stdout.readline())
-            if killed < 8:
-                time.sleep(moments.uniform(0.2, 0.6 + 0.6 * killed))
-                os.kill(child, signal.SIGKILL)
-            code = int(warm.stdout.readline())
-            assert code in (0, -signal.SIGKILL)
-            killed += code != 0
+    killed, code = 0, -1
+    home = tmp_path / "home"
+    while code != 0:
+        (process,) = warm.start([command(tmp_path / "said", "run", "tiny", KFUSE_HOME=str(home))])
+        if killed < 8:
+            time.sleep(moments.uniform(0.2, 0.6 + 0.6 * killed))
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        (code,) = warm.wait()
+        assert code in (0, -signal.SIGKILL), (tmp_path / "said").read_text()
+        killed += code != 0
     assert killed >= 4
-    assert measured(tmp_path) == measured(finished)
+    assert measured(home) == measured(finished)
 
 
 def test_a_damaged_part_is_found_by_the_next_run_and_done_again(

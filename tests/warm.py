@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # are told at once, and how they ended once all have.
 _SERVER = """
 import gc, importlib, json, os, signal, sys, traceback
+told = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what modules print is no answer
 for name in sys.argv[1:]:
     importlib.import_module(name)
 gc.freeze()
@@ -47,8 +51,9 @@ for line in sys.stdin:
         if not child:
             run(job)
         children.append(child)
-    print(*children, flush=True)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children), flush=True)
+    print(*children, file=told, flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(*codes, file=told, flush=True)
 """
 
 
@@ -58,6 +63,7 @@ class Warm:
     def __init__(self, *modules: str) -> None:
         # What asks for GPUs must not begin to use them, which no fork of it could go on with.
         environment = {"PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        self.running: list[int] = []
         self.server = subprocess.Popen(
             [sys.executable, "-c", _SERVER, *modules],
             stdin=subprocess.PIPE,
@@ -70,12 +76,19 @@ class Warm:
     def start(self, jobs: Sequence[dict[str, Any]]) -> list[int]:
         """Start a process for each job (see `job`); their numbers."""
         assert self.server.stdin
+        if self.running:  # of a test that failed before it waited
+            for number in self.running:
+                with suppress(ProcessLookupError):
+                    os.killpg(number, signal.SIGKILL)
+            self.wait()
         self.server.stdin.write(json.dumps(jobs) + "\n")
         self.server.stdin.flush()
-        return self._numbers()
+        self.running = self._numbers()
+        return self.running
 
     def wait(self) -> list[int]:
         """How those that were started last have ended: their exit codes, or −signal."""
+        self.running = []
         return self._numbers()
 
     def _numbers(self) -> list[int]:

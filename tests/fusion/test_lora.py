@@ -22,8 +22,9 @@ from fusion.models import load_model, load_tokenizer, skeleton
 from fusion.spec import LoRA
 from fusion.training import attach_loss, train
 from fusion.vocabulary import build
-from tests.fusion.test_training import MACHINE
+from tests.fusion.test_training import ALIKE, MACHINE
 from tests.fusion.test_training import TRAIN as PLAIN
+from tests.warm import Warm, ranks
 
 pytest.importorskip("peft")
 
@@ -61,7 +62,7 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def run(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(warm: Warm, prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trains the job with parts of it replaced, in this process or in several; its folder."""
 
     def trained(processes: int = 1, machine: dict[str, Any] | None = None, **parts: Any) -> Path:
@@ -70,10 +71,11 @@ def run(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> R
         if processes == 1:
             train(job)
         else:
-            from harness.launching import launch
-
             (out / "job.json").write_text(json.dumps(job))
-            launch(out / "job.json", processes)
+            said = out / "said"
+            warm.start(ranks(ALIKE, said, [str(out / "job.json")], processes))
+            assert warm.wait() == [0] * processes, said.read_text()[-9000:]
+            said.unlink()
         return out
 
     return trained

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,8 +20,8 @@ from harness.plan import Plan, Step, plan
 from harness.recipe import load
 from harness.samples import parts, spent
 from harness.store import read_manifest
+from tests.warm import Warm, command
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 60  # seconds until those that were ended are gone
 
 
@@ -53,32 +52,24 @@ machine: {{shards: 2, device: cpu}}
     return path
 
 
-def started(recipe: Path, home: Path) -> subprocess.Popen[str]:
-    """The command, in a group of its own as a terminal gives it."""
-    environment = os.environ | {"KFUSE_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "harness.cli", "evaluate", str(recipe)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def evaluated(recipe: Path, home: Path) -> dict[str, Any]:
+    """The job of the command, which gets a group of its own as a terminal gives it."""
+    return command(home.with_suffix(".said"), "evaluate", str(recipe), KFUSE_HOME=str(home))
 
 
 def test_interrupted_and_killed_measurements_leave_whole_parts_and_go_on(
-    recipe: Path, tmp_path: Path
+    warm: Warm, recipe: Path, tmp_path: Path
 ) -> None:
-    runs = {name: started(recipe, tmp_path / name) for name in ("interrupted", "killed")}
+    names = ("interrupted", "killed")
+    numbers = warm.start([evaluated(recipe, tmp_path / name) for name in names])
+    runs = {name: psutil.Process(number) for name, number in zip(names, numbers, strict=True)}
     steps = {name: planned(recipe, tmp_path / name) for name in runs}
     waiting, families = set(runs), {}
     while waiting:
         ready = [name for name in waiting if parts(steps[name][1].folder)]
-        assert all(run.poll() is None for name, run in runs.items() if name in waiting)
+        assert all(runs[name].status() != psutil.STATUS_ZOMBIE for name in waiting)
         for name in ready:
-            families[name] = psutil.Process(runs[name].pid).children(recursive=True)
+            families[name] = runs[name].children(recursive=True)
             if name == "interrupted":
                 os.killpg(runs[name].pid, signal.SIGINT)
             else:
@@ -88,9 +79,10 @@ def test_interrupted_and_killed_measurements_leave_whole_parts_and_go_on(
     whole, reference = planned(recipe, tmp_path / "whole")
     assert measure_rows(whole, {"model": [reference]}) == {}
     assert len(parts(reference.folder)) == 16
-    for name, run in runs.items():
-        _, said = run.communicate(timeout=PATIENCE)
-        assert run.returncode == (130 if name == "interrupted" else -signal.SIGKILL), said
+    codes = dict(zip(names, warm.wait(), strict=True))
+    for name in names:
+        said = (tmp_path / f"{name}.said").read_text()
+        assert codes[name] == (130 if name == "interrupted" else -signal.SIGKILL), said
         assert "Traceback" not in said
         assert len(families[name]) >= 3, "a server and two processes that measure"
         _, alive = psutil.wait_procs(families[name], timeout=PATIENCE)
@@ -105,11 +97,11 @@ def test_interrupted_and_killed_measurements_leave_whole_parts_and_go_on(
         assert not list(step.folder.glob(".samples*"))
 
 
-def test_two_commands_at_once_measure_nothing_twice(recipe: Path, tmp_path: Path) -> None:
-    runs = [started(recipe, tmp_path / "home") for _ in range(2)]
-    for run in runs:
-        _, said = run.communicate(timeout=2 * PATIENCE)
-        assert run.returncode == 0, said
+def test_two_commands_at_once_measure_nothing_twice(
+    warm: Warm, recipe: Path, tmp_path: Path
+) -> None:
+    warm.start([evaluated(recipe, tmp_path / "home")] * 2)
+    assert warm.wait() == [0, 0], (tmp_path / "home.said").read_text()
     _, step = planned(recipe, tmp_path / "home")
     assert step.done
     assert sorted(entry["pack"] for entry in spent(step.folder)) == list(range(16))
