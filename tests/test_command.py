@@ -16,7 +16,8 @@ import pytest
 
 from harness.execution import fitness
 from harness.languages import LANGUAGES
-from tests.test_pipeline import ROOT, here, kfuse, seconds_used
+from tests.test_pipeline import here, kfuse, seconds_used
+from tests.warm import ROOT, Warm, job
 
 
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
@@ -104,20 +105,20 @@ def test_a_small_corpus_and_a_broken_one_are_exit_1(tmp_path: Path) -> None:
     assert "corpus.jsonl" in bad(tmp_path, text).stderr
 
 
-def test_no_space_left_is_exit_1(tmp_path: Path) -> None:
+def test_no_space_left_is_exit_1(warm: Warm, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(SMALL.format(path="tiny:llama"))
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"sys.argv = ['kfuse', 'run', {str(recipe)!r}]; from harness.cli import main; main()"
+    full = (
+        "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from harness.cli import main; main()"
     )
-    environment = os.environ | {"KFUSE_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 1
-    assert not list((tmp_path / "home").glob("*/*/manifest.json"))
+    home = tmp_path / "home"
+    said = tmp_path / "said"
+    warm.start([job(full, said, ["run", str(recipe)], KFUSE_HOME=str(home))])
+    assert warm.wait() == [1], said.read_text()
+    assert "Traceback" not in said.read_text()
+    assert not list(home.glob("*/*/manifest.json"))
 
 
 def test_help_is_fast_and_teaches() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -22,8 +20,8 @@ from fusion.errors import RecipeError, RunError
 from harness import build, remote, worker
 from harness.run import run
 from harness.store import read_manifest
+from tests.warm import ROOT, Warm, command
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 120  # seconds until what is waited for has come
 # What tells when, where or by which commit something was made, and what it took.
 OCCASION = ("manifest.json", "ledger.jsonl", "job.json", "training.csv", "hashes.json")
@@ -103,12 +101,12 @@ def finished(home: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for folder in folders for p in folder.iterdir()}
 
 
-def until(found: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
+def until(found: Callable[[], Any], process: int) -> Any:
     """What is found at last, while a command runs."""
     deadline = time.monotonic() + PATIENCE
     while not (it := found()):
         assert time.monotonic() < deadline, "nothing came"
-        assert process.poll() is None, "the command has ended"
+        assert psutil.Process(process).status() != psutil.STATUS_ZOMBIE, "the command has ended"
         time.sleep(0.02)
     return it
 
@@ -126,33 +124,33 @@ def raylet_of(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-def command(recipe: Path, home: Path, address: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"KFUSE_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "harness.cli", "run", str(recipe), "--executor", "ray"]
-    with (home / "said").open("w") as said:  # shown by the test if it fails
-        return subprocess.Popen([*line, "--address", address], env=environment, stderr=said)
+def job(recipe: Path, home: Path, address: str) -> dict[str, Any]:
+    """The command; what it says is shown by the test if it fails."""
+    line = ["run", str(recipe), "--executor", "ray", "--address", address]
+    return command(home / "said", *line, KFUSE_HOME=str(home))
 
 
 def test_killed_workers_commands_and_nodes_change_no_byte(
-    nodes: Any, recipe: Path, local: dict[str, bytes], tmp_path: Path
+    warm: Warm, nodes: Any, recipe: Path, local: dict[str, bytes], tmp_path: Path
 ) -> None:
-    first = command(recipe, tmp_path, nodes.address)
+    (first,) = warm.start([job(recipe, tmp_path, nodes.address)])
     until(lambda: list(tmp_path.glob("distributions/capture-*/manifest.json")), first)
-    first.kill()
-    first.wait()
+    os.kill(first, signal.SIGKILL)
+    assert warm.wait() == [-signal.SIGKILL]
+    (tmp_path / "said").unlink()
     before = finished(tmp_path)
     assert not list(tmp_path.glob("models/merged-*/manifest.json")), "it ended before it was done"
 
-    second = command(recipe, tmp_path, nodes.address)
+    (second,) = warm.start([job(recipe, tmp_path, nodes.address)])
     (killed,) = until(lambda: training(tmp_path), second)
     os.kill(killed, signal.SIGKILL)
     (other,) = until(lambda: training(tmp_path) - {killed}, second)
     raylet = psutil.Process(other).ppid()
     (lost,) = (node for node in nodes.two if raylet_of(node) == raylet)
     nodes.remove_node(lost, allow_graceful=False)
-    code = second.wait(PATIENCE)
+    codes = warm.wait()
     said = (tmp_path / "said").read_text()
-    assert code == 0, said
+    assert codes == [0], said
     assert said.count("train fused: its worker was lost") == 2
     assert "share 2 of 2" in said
     after = finished(tmp_path)
