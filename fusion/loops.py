@@ -20,6 +20,7 @@ import numpy as np
 
 BLOCK = 1024  # elements at once, so that what is between two steps stays nearest to the processor
 LANES = 256  # partial sums of a reduction, which are added up in their order at the end
+ROW = 32  # the same of a row, which may be short
 Array = np.ndarray
 
 
@@ -230,6 +231,73 @@ def squares(
         for i in range(LANES):
             out[m] += lanes[m, i]
     return out
+
+
+@_compiled
+def _products(part: Array, below: Array, lanes: Array) -> tuple[float, float]:
+    """Σ θ² and Σ θ θ_0, each ROW-th product in a sum."""
+    lanes[:] = 0
+    squares, inner = lanes
+    whole = part.size // ROW * ROW
+    for start in range(0, whole, ROW):
+        for i in range(ROW):
+            one, two = np.float64(part[start + i]), np.float64(below[start + i])
+            squares[i] += one * one
+            inner[i] += one * two
+    for i in range(part.size - whole):
+        one, two = np.float64(part[whole + i]), np.float64(below[whole + i])
+        squares[i] += one * one
+        inner[i] += one * two
+    both = 0.0, 0.0
+    for i in range(ROW):
+        both = both[0] + squares[i], both[1] + inner[i]
+    return both
+
+
+@_compiled
+def columns(models: tuple[Array, ...], ground: Array, width: int, rows: bool) -> Array:
+    """(2, M + 1, columns) of Σ θ² and Σ θ θ_0 over each column, the ground last, in float64.
+
+    Arrays are matrices of that width; with `rows`, their rows are what is summed over.
+    """
+    height = ground.size // width
+    out = np.zeros((2, len(models) + 1, height if rows else width))
+    lanes = np.empty((2, ROW))
+    for row in range(height):
+        place = slice(row * width, (row + 1) * width)
+        below = ground[place]
+        for m in range(len(models) + 1):
+            part = below if m == len(models) else models[m][place]
+            squares, inner = out[0, m], out[1, m]
+            if rows:
+                squares[row], inner[row] = _products(part, below, lanes)
+            else:
+                for i in range(width):
+                    one, two = np.float64(part[i]), np.float64(below[i])
+                    squares[i] += one * one
+                    inner[i] += one * two
+    return out
+
+
+@_compiled
+def weigh(
+    out: Array, models: tuple[Array, ...], ground: Array, weights: Array, width: int, rows: bool
+) -> None:
+    """out ← θ_0 + Σ w τ, a weight a model and column, or row, of matrices of that width."""
+    for row in range(ground.size // width):
+        place = slice(row * width, (row + 1) * width)
+        total, below = out[place], ground[place]
+        total[:] = 0
+        for m in range(len(models)):
+            part, weight = models[m][place], weights[m]
+            if rows:
+                for i in range(width):
+                    total[i] += (part[i] - below[i]) * weight[row]
+            else:
+                for i in range(width):
+                    total[i] += (part[i] - below[i]) * weight[i]
+        for i in range(width):
+            total[i] += below[i]
 
 
 @_compiled

@@ -154,6 +154,30 @@ def test_reductions(size: int, real: type, seed: int, count: int) -> None:
     assert np.array_equal(inside[:between], out[(out >= low) & (out <= high)])
 
 
+@LAWS
+@given(
+    width=st.sampled_from([1, 31, 32, 65, 300]),
+    height=st.integers(0, 5),
+    real=REALS,
+    seed=st.integers(0, 10**6),
+    rows=st.booleans(),
+)
+def test_columns(width: int, height: int, real: type, seed: int, rows: bool) -> None:
+    *models, ground = arrays(width * height, real, seed, 3)
+    wide = np.array([*models, ground], float).reshape(3, height, width)
+    over = 2 if rows else 1
+    squares, inner = loops.columns(tuple(models), ground, width, rows)
+    assert squares == pytest.approx((wide * wide).sum(over))
+    assert inner == pytest.approx((wide * wide[2]).sum(over))
+    weights = np.array(arrays(height if rows else width, real, seed + 1, 2))
+    out = np.empty_like(ground)
+    loops.weigh(out, tuple(models), ground, weights, width, rows)
+    spread = weights[:, :, None] if rows else weights[:, None, :]
+    changes = np.array(models).reshape(2, height, width) - ground.reshape(height, width)
+    expected = (changes[0] * spread[0] + changes[1] * spread[1]).reshape(-1) + ground
+    assert np.array_equal(out, expected)
+
+
 def test_what_is_no_number_shows() -> None:
     model, ground = np.array([np.nan, 1], np.float32), np.zeros(2, np.float32)
     ones, out = np.ones(1, np.float32), np.zeros(2, np.float32)
