@@ -377,6 +377,7 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
         pad=section.pad,
         rows=[*section.inputs, *([section.base] if section.base else [])],
         statistics=[plan.steps[i].folder for i in step.content.get("statistics", ())],
+        models=[plan.identities[row] for row in section.inputs],
     )
 
 
