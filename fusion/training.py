@@ -7,13 +7,11 @@ fusion are read from the sources' stores and fused block by block as training as
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import MethodType
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
@@ -37,8 +35,7 @@ from fusion.models import causal_pattern, hidden_states, load_model, load_tokeni
 from fusion.sharding import deepspeed_config
 from fusion.spec import Decay, Fuse, LoRA
 from fusion.targets import FusedTargets
-
-LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "clm", "fusion", "coverage", "learning_rate")
+from fusion.training_log import TrainingLog
 
 
 class Blocks(Dataset):
@@ -234,49 +231,6 @@ class FusionTrainer(Trainer):
             for older in folder.parent.glob("checkpoint-*"):
                 if older != folder:
                     shutil.rmtree(older, ignore_errors=True)
-
-
-class TrainingLog(TrainerCallback):
-    """Appends a line a step to `training.csv`; a resumed run cuts it back to its checkpoint.
-
-    Of several processes one `writes`.
-    """
-
-    def __init__(self, path: Path, resumed_step: int, writes: bool = True) -> None:
-        self.path = path
-        self.started = time.monotonic()
-        rows = []
-        self.seconds, self.tokens = 0.0, 0
-        if not writes:
-            return
-        if path.exists() and resumed_step:
-            with path.open(newline="") as lines:
-                rows = [r for r in csv.DictReader(lines) if int(r["step"]) <= resumed_step]
-        if rows:
-            self.seconds, self.tokens = float(rows[-1]["seconds"]), int(rows[-1]["tokens"])
-        with path.open("w", newline="") as out:
-            writer = csv.DictWriter(out, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
-    ) -> None:
-        trainer: FusionTrainer = self.trainer  # type: ignore[attr-defined]
-        if not logs or "learning_rate" not in logs or not trainer.parts:
-            return
-        parts = torch.tensor(trainer.parts, dtype=torch.float64, device=args.device)
-        trainer.parts.clear()
-        whole = trainer.accelerator.reduce(parts.sum(dim=0)).tolist()
-        if not state.is_world_process_zero:
-            return
-        clm, fusion = (part / (len(parts) * args.world_size) for part in whole[:2])
-        coverage = whole[2] / max(1.0, whole[3])  # a step of what is only read learns nothing
-        self.tokens += int(whole[3])
-        seconds = self.seconds + time.monotonic() - self.started
-        row = (state.global_step, self.tokens, round(seconds, 3), logs["loss"], clm, fusion)
-        with self.path.open("a", newline="") as out:
-            csv.writer(out).writerow([*row, coverage, logs["learning_rate"]])
 
 
 def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:

@@ -16,7 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import RecipeError, RunError
+from safetensors import SafetensorError
+
+from fusion.errors import RecipeError, RunError, of_system
 from fusion.spec import Merge
 from harness.capturing import capture_step, with_shares
 from harness.costs import Meter, budget, counted, written
@@ -100,8 +102,8 @@ def _carry_out(plan: Plan, step: Step) -> None:
         if step.disk:
             require_space(step.folder, step.disk, f"{step.kind} {step.name}")
         facts = STAGES[step.kind](plan, step)
-    except OSError as error:
-        raise world(error, step.folder) from error
+    except (OSError, SafetensorError) as error:
+        raise world(of_system(error), step.folder) from error
     cost = with_shares(step.folder, meter.cost()) | counted(plan, step)
     cost |= {"bytes": written(step.folder)}
     finish(

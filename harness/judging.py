@@ -282,8 +282,6 @@ def _facts(
 def sentence(facts: Mapping[str, Any]) -> str:
     """The judge in a sentence for reports."""
     text = f"judged by {facts['model']}: {facts['verdicts']} verdicts"
-    if facts.get("win_rate") is not None:
-        text += f", win rate {facts['win_rate']:.1%} without regard to lengths"
     if facts["unparsed"]:
         text += f", {facts['unparsed']} items without a readable one"
     if facts["order"]:

@@ -25,14 +25,15 @@ from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant
 from harness.checks import (
     budgets,
     close,
+    corpora,
     kept,
-    methods,
     names,
     processes,
     references,
     statistics,
     suites,
 )
+from harness.methods import methods
 
 BUNDLED = Path(__file__).parent / "recipes"
 
@@ -187,7 +188,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems += [_explain(e, raw) for e in error.errors()]
     problems += [*names(raw), *references(raw), *budgets(raw), *processes(raw), *methods(raw)]
-    problems += [*statistics(raw), *kept(raw), *suites(raw)]
+    problems += [*corpora(raw), *statistics(raw), *kept(raw), *suites(raw)]
     if problems or recipe is None:
         unique = dict.fromkeys(problems)
         width = max(len(path) for path, _ in unique)

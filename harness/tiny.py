@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PretrainedConfig
 
+CORPORA = ("corpus", "conversations")
 _PEOPLE = ("the baker", "a teacher", "our neighbour", "the old captain", "my sister", "a farmer")
 _DEEDS = (
     "counts seven apples",
@@ -230,8 +231,9 @@ def make_corpus(home: Path, name: str = "corpus") -> Path:
 
     RunError lists the known names.
     """
-    if name not in ("corpus", "conversations"):
-        raise RunError(f"corpus.path: tiny:{name}: unknown; known: tiny:corpus, tiny:conversations")
+    if name not in CORPORA:
+        known = ", ".join(f"tiny:{one}" for one in CORPORA)
+        raise RunError(f"corpus.path: tiny:{name}: unknown; known: {known}")
     path = home / "data" / ("tiny.jsonl" if name == "corpus" else f"tiny-{name}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     if name == "conversations":

@@ -228,7 +228,9 @@ def _printed(suite: str) -> list[Imported]:
         origin = f"published: {table.paper}, {table.table}{what}"
         count = sum(table.items.values()) or None
         for model in table.models:
-            score = table.of(model)[named[0]]
+            score = table.of(model).get(named[0])
+            if score is None:  # not printed
+                continue
             out.append(
                 Imported(model, suite, "score", "", score, None, count, None, "", True, origin)
             )

@@ -22,8 +22,8 @@ from fusion.models import load_model, load_tokenizer, skeleton
 from fusion.spec import LoRA
 from fusion.training import attach_loss, train
 from fusion.vocabulary import build
-from tests.fusion.test_training import ALIKE, MACHINE
-from tests.fusion.test_training import TRAIN as PLAIN
+from tests.fusion.jobs import ALIKE, MACHINE
+from tests.fusion.jobs import TRAIN as PLAIN
 from tests.warm import Warm, ranks
 
 pytest.importorskip("peft")

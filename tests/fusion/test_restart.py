@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import TrainerState, get_cosine_schedule_with_warmup
 
 from fusion.errors import RunError
 from fusion.restart import (
@@ -20,6 +28,10 @@ from fusion.restart import (
     trained,
     write,
 )
+from fusion.training import train
+from tests.fusion.jobs import ALIKE, FSDP_ON_CPUS, in_two_processes, job, rows, weights
+from tests.warm import Warm
+from tests.warm import job as alone
 
 
 class Run:
@@ -105,3 +117,96 @@ def test_a_checkpoint_cut_in_the_middle_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global')
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert not (tmp_path / "checkpoint-4").exists()
+
+
+# All leave once the checkpoint of a step is written.
+LEAVING = """
+import os
+import torch.distributed as dist
+import fusion.training as leaving
+save = leaving.FusionTrainer._save_checkpoint
+def left(self, *args):
+    save(self, *args)
+    if self.state.global_step == int(os.environ["LEAVE_AFTER"]):
+        dist.barrier()
+        os._exit(0)
+leaving.FusionTrainer._save_checkpoint = left
+"""
+
+
+def _whole(state: Path) -> bool:
+    """Whether this file is the last that a checkpoint gets, and all of it is there."""
+    try:
+        return state.name == "trainer_state.json" and bool(json.loads(state.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+def test_a_run_killed_midway_ends_with_the_same_bytes(
+    warm: Warm, prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    made = job(prepared, out)
+    (process,) = warm.start([alone(ALIKE, tmp_path / "said", [str(out / "job.json")])])
+    deadline = time.monotonic() + 60
+    while not any(map(_whole, out.glob("checkpoints/*/*.json"))) and psutil.pid_exists(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    warm.wait()
+    if (out / "model.safetensors").exists():
+        pytest.skip("the run was over before it could be killed")
+    facts = train(made)
+    assert facts["resumed_from"] >= 2
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(unbroken)]
+
+
+def test_a_checkpoint_in_another_form_is_said_to_be_one_and_training_begins_again(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "other"
+    made = job(prepared, out, checkpoint_every=99)
+    old = out / "checkpoints" / "checkpoint-2"
+    old.mkdir(parents=True)
+    (old / "trainer_state.json").write_text('{"global_step": 2}')
+    shutil.copyfile(unbroken / "model.safetensors", old / "model.safetensors")
+    assert train(made)["resumed_from"] == 0
+    assert "checkpoint-2: not in the form of this version" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+
+
+def test_any_way_to_share_a_model_goes_on_where_another_was_interrupted(
+    warm: Warm,
+    prepared: dict[str, Any],
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One process, then two by each way, then one again: every way writes and reads."""
+    out = tmp_path / "passed on"
+
+    save = TrainerState.save_to_json
+
+    def left(*args: Any) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainerState, "save_to_json", left)
+        with pytest.raises(KeyboardInterrupt):
+            train(job(prepared, out, checkpoint_every=1))
+    for after, name in enumerate(("none", "zero2", "zero3_offload", "fsdp"), 2):
+        shared = {"fsdp": True} if name == "fsdp" else {}
+        shared = {"deepspeed": name} if name.startswith("zero") else shared
+        job(prepared, out, checkpoint_every=1, **shared)
+        script = LEAVING + (FSDP_ON_CPUS if name == "fsdp" else ALIKE)
+        in_two_processes(warm, out, script, LEAVE_AFTER=str(after))
+        assert [path.name for path in out.glob("checkpoints/*")] == [f"checkpoint-{after}"], name
+    assert train(job(prepared, out))["resumed_from"] == after
+    for one, other in zip(rows(unbroken), rows(out), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=2e-6)
+        assert one["learning_rate"] == other["learning_rate"]
+    for key, expected in weights(unbroken).items():
+        torch.testing.assert_close(weights(out)[key], expected, atol=2e-4, rtol=1e-3)

@@ -2,109 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
-import shutil
-import signal
-import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy import sparse
-from transformers import TrainerState
 
-from fusion.corpus import pack, read_blocks, read_documents, write_blocks
-from fusion.distributions import capture
+from fusion.corpus import read_blocks, write_blocks
 from fusion.errors import RunError
 from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
 from fusion.training import Blocks, train
 from fusion.vocabulary import build
-from tests.warm import Warm, ranks
-from tests.warm import job as alone
-
-ALIKE = "from fusion.training import main; main()"
-TRAIN = {
-    "learning_rate": 3e-3,
-    "schedule": "cosine",
-    "warmup": 0.1,
-    "batch_blocks": 2,
-    "epochs": 1,
-    "betas": [0.9, 0.95],
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
-    "dtype": "float32",
-}
-MACHINE = {
-    "device": "cpu",
-    "micro_batch": 1,
-    "gradient_checkpointing": False,
-    "checkpoint_every": 2,
-    "deepspeed": None,
-    "progress": False,
-}
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A job that fuses the tiny Gemma and the tiny Llama into the tiny Llama, 8 steps."""
-    from harness.tiny import make_corpus
-
-    root = tmp_path_factory.mktemp("job")
-    documents = read_documents(make_corpus(root))
-    target = load_tokenizer(tiny["llama"])
-    blocks = pack(documents, target, 64, 64 * 16, seed=1)
-    write_blocks(root / "blocks.parquet", blocks)
-    sources = []
-    for name in ("llama", "gemma"):
-        tokenizer = load_tokenizer(tiny[name])
-        capture(load_model(tiny[name]), tokenizer, blocks, root / name, 8, {})
-        sparse.save_npz(root / f"{name}.npz", build(tokenizer, target))
-        source = {"store": str(root / name), "map": str(root / f"{name}.npz")}
-        sources.append(source | {"model": str(tiny[name]), "dtype": "float32"})
-    fuse = {"sources": ["llama", "gemma"], "function": "avg_ce", "clm_weight": 0.5, "top_k": 8}
-    return {
-        "init": str(tiny["llama"]),
-        "corpus": str(root / "blocks.parquet"),
-        "train": TRAIN,
-        "fuse": fuse,
-        "sources": sources,
-        "packing": "documents",
-        "seed": 5,
-        "machine": MACHINE,
-    }
-
-
-def job(prepared: dict[str, Any], out: Path, **machine: Any) -> dict[str, Any]:
-    out.mkdir(parents=True, exist_ok=True)
-    made = prepared | {"out": str(out), "machine": MACHINE | machine}
-    (out / "job.json").write_text(json.dumps(made))
-    return made
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "training.csv").open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def unbroken(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("unbroken") / "fused"
-    train(job(prepared, out))
-    return out
+from tests.fusion.jobs import FSDP_ON_CPUS, TRAIN, in_two_processes, job, rows, weights
+from tests.warm import Warm
 
 
 def test_both_parts_of_the_loss_fall_and_are_logged(unbroken: Path) -> None:
@@ -117,49 +33,6 @@ def test_both_parts_of_the_loss_fall_and_are_logged(unbroken: Path) -> None:
         assert 0.5 < float(row["coverage"]) <= 1
     assert not (unbroken / "checkpoints").exists()
     load_model(unbroken)
-
-
-def _whole(state: Path) -> bool:
-    """Whether this file is the last that a checkpoint gets, and all of it is there."""
-    try:
-        return state.name == "trainer_state.json" and bool(json.loads(state.read_text()))
-    except (OSError, ValueError):
-        return False
-
-
-def test_a_run_killed_midway_ends_with_the_same_bytes(
-    warm: Warm, prepared: dict[str, Any], unbroken: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "killed"
-    made = job(prepared, out)
-    (process,) = warm.start([alone(ALIKE, tmp_path / "said", [str(out / "job.json")])])
-    deadline = time.monotonic() + 60
-    while not any(map(_whole, out.glob("checkpoints/*/*.json"))) and psutil.pid_exists(process):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
-    warm.wait()
-    if (out / "model.safetensors").exists():
-        pytest.skip("the run was over before it could be killed")
-    facts = train(made)
-    assert facts["resumed_from"] >= 2
-    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
-    assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(unbroken)]
-
-
-def test_a_checkpoint_in_another_form_is_said_to_be_one_and_training_begins_again(
-    prepared: dict[str, Any], unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "other"
-    made = job(prepared, out, checkpoint_every=99)
-    old = out / "checkpoints" / "checkpoint-2"
-    old.mkdir(parents=True)
-    (old / "trainer_state.json").write_text('{"global_step": 2}')
-    shutil.copyfile(unbroken / "model.safetensors", old / "model.safetensors")
-    assert train(made)["resumed_from"] == 0
-    assert "checkpoint-2: not in the form of this version" in capsys.readouterr().err
-    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
 def test_rows_that_train_together_give_the_loss_of_rows_alone(
@@ -319,36 +192,6 @@ def test_the_published_codes_fusion_trains(
     assert all(float(row["coverage"]) == 1 for row in log)  # one-hot wherever nothing aligns
 
 
-# accelerate shards by FSDP on accelerators only; told that these are some, it does on CPUs, too.
-FSDP_ON_CPUS = """
-import os
-import accelerate.state as state
-from torch.distributed.tensor import DTensor
-import fusion.training as training
-begin, loss = state.PartialState.__init__, training.FusionTrainer.compute_loss
-def told(self, *args, **kwargs):
-    begin(self, *args, **kwargs)
-    if self.distributed_type == state.DistributedType.MULTI_CPU:
-        self.distributed_type = state.DistributedType.MULTI_GPU
-def spoken(self, model, *args, **kwargs):
-    if self.state.global_step == 0:
-        pieces = all(isinstance(p, DTensor) for p in model.parameters())
-        os.write(1, f"in pieces: {pieces}\n".encode())
-    return loss(self, model, *args, **kwargs)
-state.PartialState.__init__, training.FusionTrainer.compute_loss = told, spoken
-training.main()
-"""
-
-
-def in_two_processes(warm: Warm, out: Path, script: str, **environment: str) -> str:
-    """Run a script on the job in a folder in two processes; what they printed."""
-    said = out / "said"
-    said.unlink(missing_ok=True)
-    warm.start(ranks(script, said, [str(out / "job.json")], 2, **environment))
-    assert warm.wait() == [0, 0], said.read_text()[-9000:]
-    return said.read_text()
-
-
 # Each process says which block of which store it reads.
 READING = """
 import os
@@ -374,56 +217,6 @@ def test_two_that_share_a_model_by_fsdp_read_their_own_and_give_the_loss_of_one(
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
     for key, expected in weights(unbroken).items():
         torch.testing.assert_close(weights(tmp_path / "two")[key], expected, atol=2e-4, rtol=1e-3)
-
-
-# All leave once the checkpoint of a step is written.
-LEAVING = """
-import os
-import torch.distributed as dist
-import fusion.training as leaving
-save = leaving.FusionTrainer._save_checkpoint
-def left(self, *args):
-    save(self, *args)
-    if self.state.global_step == int(os.environ["LEAVE_AFTER"]):
-        dist.barrier()
-        os._exit(0)
-leaving.FusionTrainer._save_checkpoint = left
-"""
-
-
-def test_any_way_to_share_a_model_goes_on_where_another_was_interrupted(
-    warm: Warm,
-    prepared: dict[str, Any],
-    unbroken: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """One process, then two by each way, then one again: every way writes and reads."""
-    out = tmp_path / "passed on"
-
-    save = TrainerState.save_to_json
-
-    def left(*args: Any) -> None:
-        save(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainerState, "save_to_json", left)
-        with pytest.raises(KeyboardInterrupt):
-            train(job(prepared, out, checkpoint_every=1))
-    for after, name in enumerate(("none", "zero2", "zero3_offload", "fsdp"), 2):
-        shared = {"fsdp": True} if name == "fsdp" else {}
-        shared = {"deepspeed": name} if name.startswith("zero") else shared
-        job(prepared, out, checkpoint_every=1, **shared)
-        script = LEAVING + (FSDP_ON_CPUS if name == "fsdp" else ALIKE)
-        in_two_processes(warm, out, script, LEAVE_AFTER=str(after))
-        assert [path.name for path in out.glob("checkpoints/*")] == [f"checkpoint-{after}"], name
-    assert train(job(prepared, out))["resumed_from"] == after
-    for one, other in zip(rows(unbroken), rows(out), strict=True):
-        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=2e-6)
-        assert one["learning_rate"] == other["learning_rate"]
-    for key, expected in weights(unbroken).items():
-        torch.testing.assert_close(weights(out)[key], expected, atol=2e-4, rtol=1e-3)
 
 
 def test_two_processes_by_a_file_give_the_loss_of_one(

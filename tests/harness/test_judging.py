@@ -275,7 +275,9 @@ def test_an_order_that_turns_the_verdict_prefers_nobody(tmp_path: Path) -> None:
     wins = [r for rows in found.rows.values() for r in rows if r["metric"] == "win_rate"]
     assert [(w["value"], w["outcome"]) for w in wins] == [(0.5, "order"), (0.5, "order")]
     assert found.facts["order"] == 2
+    assert found.facts["win_rate"] == 0.5
     assert "2 items turned by the order" in sentence(found.facts)
+    assert "win rate" not in sentence(found.facts)  # a column of its own has it
     counts = np.array([r["counts"] for rows in found.rows.values() for r in rows if r["counts"]])
     assert corpus_score(counts.astype(float), "lc_win_rate") == pytest.approx(0.5)
 

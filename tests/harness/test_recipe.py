@@ -114,6 +114,7 @@ def test_all_mistakes_come_in_one_message() -> None:
         ("pack: {ensemble", "a: {ensemble", "a source has this name"),
         ("clm: {train: {init: a, learning_rate: 1e-4}}", "clm: {}", "exactly one of"),
         ("corpus: {", "korpus: {", "(corpus?)"),
+        ("tiny:corpus", "tiny:corpse", "known: tiny:corpus, tiny:conversations (tiny:corpus?)"),
         ("suites: [tiny_text, tiny_choice]", "suites: [bbh, tiny_text]", "bbh81"),
         ("variants:\n", "variants:\n  clm: {train: {init: a}}\n", "stands twice"),
         ("packllm_sim", "packllm_sim, weights: [0.5, 0.6]", "sum to 1.1; they should sum to 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from harness.cli import main
 from reports.items import items
 from reports.table import read
+from tasks.published import PUBLISHED, Published
 from tasks.suite import load_suite
 from tests.reports.test_compare import RIGHT, evaluation
 
@@ -268,6 +270,20 @@ def test_published_numbers_have_a_column_of_their_own(
     assert "published: FuseLLM 2401.10491, table 6, average" in said
     assert said.count("## bbh@fusellm") == 3
     assert "41.8" in said  # table 1's average of FuseLLM, 41.75
+
+
+def test_a_number_that_was_not_printed_has_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"x": (math.nan, 41.0, 42.0)}
+    table = Published("P 1", "table 9", {}, own, {}, models=("a", "b", "c"))
+    monkeypatch.setitem(PUBLISHED, "bbh@fusellm", (table,))
+    run = evaluation(tmp_path, "base", {"a": RIGHT}, suite="bbh@fusellm")
+    assert kfuse(monkeypatch, "leaderboard", run, "--published", "--format", "csv") == 0
+    said = capsys.readouterr().out
+    assert "42" in said
+    assert "nan" not in said
+    assert said.count("published: P 1, table 9, x") == 2
 
 
 def test_a_margin_makes_equivalent(
