@@ -9,28 +9,31 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from fusion.ending import end_with_parent
 from fusion.errors import RunError
-from harness.progress import say, saying
+from harness.progress import BEAT, say, saying
 
 PATIENCE = 600  # seconds that hosts wait for each other
 SEEN = 60.0  # seconds until what another host has written must be seen here
 GRACE = 40  # seconds that torchrun has to end its processes, which it gives 30
 
 
-def launch(job: Path, processes: int, hosts: int = 1) -> None:
+def launch(
+    job: Path, processes: int, hosts: int = 1, own: Callable[[], None] = lambda: None
+) -> None:
     """Run a training job in several processes; RunError with the end of its output if it fails.
 
-    hosts: more than one call others through the store (`harness.hosts`) and wait for them.
+    hosts: more than one call others through the store (`harness.hosts`) and wait for them. own:
+    called every few seconds, ends the training if it raises.
     """
     log = job.with_name("training.log")
     if hosts == 1:
-        _torchrun(job, processes, ["--standalone"], log)
+        _torchrun(job, processes, ["--standalone"], log, own)
         return
     # As torchrun's users name the first host, if they do.
     address = os.environ.get("MASTER_ADDR") or socket.gethostname()
@@ -44,7 +47,7 @@ def launch(job: Path, processes: int, hosts: int = 1) -> None:
     others = "another host" if hosts == 2 else f"{hosts - 1} other hosts"
     say(f"{job.parent.name}: with {others}, which `kfuse join` this recipe")
     with saying(training=call):
-        _torchrun(job, processes, _meeting(call, first=True), log)
+        _torchrun(job, processes, _meeting(call, first=True), log, own)
 
 
 def help_out(call: dict[str, Any]) -> None:
@@ -95,7 +98,13 @@ def _meeting(call: dict[str, Any], first: bool) -> list[str]:
     return [*options, "--rdzv-conf", wait]
 
 
-def _torchrun(job: Path, processes: int, options: Sequence[str], log: Path) -> None:
+def _torchrun(
+    job: Path,
+    processes: int,
+    options: Sequence[str],
+    log: Path,
+    own: Callable[[], None] = lambda: None,
+) -> None:
     # torchrun, because accelerate's own launcher starts several CPU processes only through MPI.
     command = [sys.executable, "-m", "torch.distributed.run", *options]
     command += ["--nproc_per_node", str(processes), "-m", "fusion.training", str(job)]
@@ -104,7 +113,7 @@ def _torchrun(job: Path, processes: int, options: Sequence[str], log: Path) -> N
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     environment |= {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     with log.open("w") as out:
-        code = _run(command, out, environment)
+        code = _run(command, out, environment, own)
     if code:
         said = log.read_text(errors="replace")
         if "RendezvousTimeoutError" in said:
@@ -116,8 +125,10 @@ def _torchrun(job: Path, processes: int, options: Sequence[str], log: Path) -> N
         raise RunError(f"training ended with {code}; {log} ends:\n{end}")
 
 
-def _run(command: Sequence[str], out: IO[str], environment: dict[str, str]) -> int:
-    """Run to its end; whatever ends this process ends it, too.
+def _run(
+    command: Sequence[str], out: IO[str], environment: dict[str, str], own: Callable[[], None]
+) -> int:
+    """Run to its end; whatever ends this process, or is raised by what it asks, ends it, too.
 
     What went on would write into a folder that the next command takes for its own.
     """
@@ -129,7 +140,10 @@ def _run(command: Sequence[str], out: IO[str], environment: dict[str, str]) -> i
         preexec_fn=end_with_parent,
     )
     try:
-        return process.wait()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(BEAT)
+            own()
     except BaseException:
         process.terminate()  # torchrun ends its processes then, which it cannot once it is killed
         with suppress(subprocess.TimeoutExpired):
