@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
-from harness.progress import BEAT, say
-from harness.store import world
+from harness.progress import BEAT, LOST, say
+from harness.store import clock, world
 
-LOST = 12 * BEAT  # seconds without a sign after which an owner elsewhere is taken for gone
 LOOK = 0.2  # seconds between two looks of one who waits
 _held: dict[Path, dict[str, Any]] = {}  # what this process has locked, and how it signed
 
@@ -182,7 +181,7 @@ def _take_away(path: Path, seen: tuple[str, int]) -> None:
         guard.touch(exist_ok=False)
     except FileExistsError:
         with suppress(OSError):
-            if time.time() - guard.stat().st_mtime > LOST:  # a remover died at it
+            if clock(guard.parent) - guard.stat().st_mtime > LOST:  # a remover died at it
                 guard.unlink()
         return
     except OSError as error:
