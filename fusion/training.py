@@ -380,8 +380,10 @@ def train(job: dict, own: Callable[[], None] = lambda: None) -> dict[str, float]
     own()
     if not lora:
         trainer.save_model(str(out))
-    elif trainer.is_world_process_zero():
-        write(trained, job["init"], out)
+    else:
+        restart.unround(trainer._own_model(), trainer._own_optimizer())
+        if writes:
+            write(trained, job["init"], out)
     if trainer.is_world_process_zero():
         load_tokenizer(job["init"]).save_pretrained(out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
