@@ -14,10 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerState, get_cosine_schedule_with_warmup
 
+from fusion import training
 from fusion.errors import RunError
 from fusion.restart import (
     holds,
@@ -210,3 +212,37 @@ def test_any_way_to_share_a_model_goes_on_where_another_was_interrupted(
         assert one["learning_rate"] == other["learning_rate"]
     for key, expected in weights(unbroken).items():
         torch.testing.assert_close(weights(out)[key], expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_training_whose_folder_is_another_s_writes_nothing_there(
+    prepared: dict[str, Any], tmp_path: Path, every: int
+) -> None:
+    def own() -> None:
+        raise RunError("it is another's")
+
+    with pytest.raises(RunError, match="another's"):
+        train(job(prepared, tmp_path, checkpoint_every=every), own)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_checkpoint_counts_when_all_processes_have_written(
+    prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def note(kind: type, name: str) -> None:
+        was = getattr(kind, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return was(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    note(training.FusionTrainer, "_save_rng_state")
+    note(Accelerator, "wait_for_everyone")
+    note(TrainerState, "save_to_json")
+    train(job(prepared, tmp_path, checkpoint_every=8))
+    last = done.index("save_to_json")
+    assert done[last - 2 : last] == ["_save_rng_state", "wait_for_everyone"]
