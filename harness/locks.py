@@ -4,7 +4,7 @@ A lock is a file in `running/` that its owner renews. Whoever finds one waits, a
 its owner is gone: at once if that was a process of this machine, never while it is suspended, else
 when the file has not been renewed for a minute by the clock of the one who waits, since clocks of
 machines differ. A file is created exclusively, which folders shared by NFS, Lustre or SMB grant,
-too.
+too. In an object store it is an object (`harness.objects`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness import objects
 from harness.progress import BEAT, say
 from harness.store import world
 
 LOST = 12 * BEAT  # seconds without a sign after which an owner elsewhere is taken for gone
 LOOK = 0.2  # seconds between two looks of one who waits
+FAR = 2.0  # the same, at an object store
+
+Look = tuple[str, int | str]  # what a lock says, and what changes when it is renewed
 
 
 @contextmanager
@@ -40,7 +44,7 @@ def owned(home: Path, name: str, wait: bool = True) -> Iterator[bool]:
         yield False
         return
     over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(path, over), daemon=True)
+    thread = threading.Thread(target=_renew, args=(path, sign, over), daemon=True)
     thread.start()
     try:
         yield True
@@ -69,6 +73,8 @@ def _space() -> str:
 
 def _taken(path: Path, sign: dict[str, Any]) -> bool:
     """Whether the lock was free and is now this owner's."""
+    if objects.name_of(path):
+        return objects.create(path, json.dumps(sign))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("x")
@@ -105,12 +111,14 @@ def _waited(path: Path, sign: dict[str, Any]) -> bool:
             owner = _owner(last[0])
             where = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
             say(f"{path.stem}: {where} is at it; waiting")
-        time.sleep(LOOK)
+        time.sleep(FAR if objects.name_of(path) else LOOK)
 
 
-def _look(path: Path) -> tuple[str, int] | None:
+def _look(path: Path) -> Look | None:
     """What a lock says and when it was renewed; None if there is none."""
     try:
+        if objects.name_of(path):
+            return objects.look(path)
         return path.read_text(), path.stat().st_mtime_ns
     except OSError:
         return None
@@ -150,11 +158,14 @@ def _gone(text: str) -> bool | None:
         return None
 
 
-def _take_away(path: Path, seen: tuple[str, int]) -> None:
+def _take_away(path: Path, seen: Look) -> None:
     """Remove a lock that still is as it was seen: one remover at a time.
 
     Without that, a slow remover could remove the lock of an owner who came after the dead one.
     """
+    if objects.name_of(path):
+        objects.take_away(path, seen, LOST)
+        return
     guard = path.with_suffix(".free")
     try:
         guard.touch(exist_ok=False)
@@ -172,17 +183,22 @@ def _take_away(path: Path, seen: tuple[str, int]) -> None:
         guard.unlink(missing_ok=True)
 
 
-def _renew(path: Path, over: threading.Event) -> None:
+def _renew(path: Path, sign: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(BEAT):
-        with suppress(OSError):
-            os.utime(path)
+        with suppress(OSError, RunError):  # a network may come again
+            if objects.name_of(path):
+                objects.renew(path, sign["token"])
+            else:
+                os.utime(path)
 
 
 def _give_back(path: Path, sign: dict[str, Any]) -> None:
     """Remove the lock, unless it was taken away meanwhile and is another's."""
-    with suppress(OSError):
-        if (_owner(path.read_text()) or {}).get("token") == sign["token"]:
-            path.unlink()
+    far = objects.name_of(path)
+    with suppress(OSError, RunError):
+        said = objects.read(path) if far else path.read_text()
+        if (_owner(said) or {}).get("token") == sign["token"]:
+            objects.remove(path) if far else path.unlink()
 
 
 __all__ = ["LOST", "owned"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness import objects
 from harness.store import write_json
 
 BEAT = 5.0  # seconds between two signs of life
@@ -95,6 +96,8 @@ def working(home: Path, folder: str) -> Iterator[None]:
             with suppress(OSError, RunError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, facts | _at | {"seen": time.time()})
+                if objects.name_of(path):
+                    objects.write(path, path.read_text())
             if over.wait(BEAT):
                 return
 
@@ -105,5 +108,7 @@ def working(home: Path, folder: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        with suppress(OSError):
+        with suppress(OSError, RunError):
             path.unlink(missing_ok=True)
+            if objects.name_of(path):
+                objects.remove(path)

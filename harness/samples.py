@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.locks import owned
 from harness.progress import say
 from harness.store import beside, world
@@ -147,8 +148,11 @@ def spend(folder: Path, entry: Mapping[str, Any]) -> None:
     """Add a line to the ledger: what measuring a pack once took, and on what."""
     path = folder / LEDGER
     try:  # machines that share a folder append where each believes its end to be
-        with owned(folder.parent.parent, f"{folder.name}.ledger"), path.open("ab") as ledger:
-            ledger.write(b"\n" + json.dumps(entry, default=str).encode() + b"\n")
+        with owned(folder.parent.parent, f"{folder.name}.ledger"):
+            mirror.bring(path)
+            with path.open("ab") as ledger:
+                ledger.write(b"\n" + json.dumps(entry, default=str).encode() + b"\n")
+            mirror.send(path)
     except OSError as error:
         raise world(error, path) from error
 
