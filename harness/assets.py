@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.hub import read_split
 from harness.locks import owned
 from harness.store import finish, identity, read_manifest, world

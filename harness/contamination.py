@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from harness import mirror
 from harness.plan import Plan
 from harness.store import identity, write_json
 

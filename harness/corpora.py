@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fusion.corpus import content_of
 from fusion.errors import RunError
+from harness import mirror
 from harness.assets import DATA_VERSION, PINNED, fetch_wheel, read_member, write_lines
 from harness.hub import read_split
 from harness.locks import owned

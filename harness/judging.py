@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.progress import bar
 from harness.recipe import Judge
 from harness.store import identity, write_json

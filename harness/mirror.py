@@ -185,9 +185,7 @@ def _copies(path: Path, to: Path) -> Iterator[tuple[str, tuple[Path, list[int]]]
                 yield str(name_of(file)), (copy, [copy.stat().st_size, state[1]])
 
 
-def _sent(
-    fs: Any, root: str, name: str, files: Mapping[str, tuple[Path, list[int]]]
-) -> list[str]:
+def _sent(fs: Any, root: str, name: str, files: Mapping[str, tuple[Path, list[int]]]) -> list[str]:
     """Write down which files the store now has as they were; the names of the others."""
     there = objects.listing(fs, root, name) if files else {}
     whole = {n: given for n, given in files.items() if there.get(n, {}).get("size") == given[1][0]}

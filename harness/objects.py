@@ -1,4 +1,4 @@
-"""The one door to object stores, through fsspec: `$KFUSE_HOME` as s3://, gs://, abfs:// and the like.
+"""The one door to object stores, through fsspec: `$KFUSE_HOME` as s3://, gs:// or abfs://.
 
 What is to be read or was made goes through the mirror, a folder of this machine (`harness.mirror`);
 here is what both sides of it and `harness.locks` ask of the store itself. Whatever a backend raises
@@ -30,10 +30,14 @@ _guards: dict[str, float] = {}  # what keeps others from a lock, and when it was
 
 
 def name_of(path: Path) -> str | None:
-    """What a file or folder of the mirror is called in the store; None without a URL."""
+    """What a file or folder of the mirror is called in the store; None if it never goes there.
+
+    That is so without a URL, and for wheels and the hub's models, which each machine fetches.
+    """
     if url() is None or not path.is_relative_to(home()):
         return None
-    return path.relative_to(home()).as_posix()
+    name = path.relative_to(home()).as_posix()
+    return None if name.partition("/")[0] in ("absent", "wheels") else name
 
 
 @contextmanager

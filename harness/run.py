@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fusion.errors import RecipeError, RunError
 from harness import mirror
-from harness.hosts import calling
+from harness.hosts import calling, refuse_objects
 from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
@@ -38,6 +38,7 @@ def run(
     loaded = load(reference, overrides)
     _check(loaded, executor, address)
     rows = _rows(loaded, only)
+    refuse_objects(loaded)
     planned = plan(loaded.recipe, home())
     reopen(planned, rows, stages, dry_run)
     if dry_run:
