@@ -47,10 +47,10 @@ def learn(store: Path, folder: Path | None = None) -> None:
     name = name_of(folder or store)
     if name is None:
         return
-    _claim()
     unsent = []
     with objects.opened("listing") as (fs, root):
         there = objects.listing(fs, root, "" if name == "." else name)
+        _claim()
         _take(fs, root, {n: info for n, info in there.items() if _tells(n)})
         for path in _telling(folder):
             own = str(name_of(path))
@@ -63,7 +63,7 @@ def learn(store: Path, folder: Path | None = None) -> None:
             elif known is None and path.name == "manifest.json":
                 unsent.append(path.parent)
     for path in unsent:
-        send(path)
+        send(path, exact=True)
 
 
 def _tells(name: str) -> bool:
@@ -91,9 +91,9 @@ def bring(path: Path, but: Sequence[str] = ()) -> None:
     name = name_of(path)
     if name is None:
         return
-    _claim()
     with objects.opened(f"fetching {name}") as (fs, root):
         there = objects.listing(fs, root, name)
+        _claim()
         left = {n for n in there if any(fnmatch(Path(n).name, pattern) for pattern in but)}
         _take(fs, root, {n: info for n, info in there.items() if n not in left})
         for own, (here, _) in _same(name).items():
@@ -134,19 +134,19 @@ def _take(fs: Any, root: str, there: Mapping[str, dict[str, Any]]) -> None:
             path.unlink(missing_ok=True)
 
 
-def send(path: Path) -> None:
+def send(path: Path, exact: bool = False) -> None:
     """Give the store what the mirror has of a folder, or of one file, and it has not, or older.
 
     What says what other files hold is read before they are and sent after them, the manifest last,
-    once all else is there. What this process has seen here and is gone is removed there.
+    once all else is there. What this process has seen here and is gone is removed there; exact: all
+    that is not here.
     """
     name = name_of(path)
     if name is None:
         return
-    _claim()
     with (
         objects.opened(f"sending {name}") as (fs, root),
-        TemporaryDirectory(dir=home() / ".same") as copies,
+        TemporaryDirectory(dir=_claim()) as copies,
     ):
         said = dict(_copies(path, Path(copies)))
         found = {n: file for file in _files(path) if (n := str(name_of(file))) not in said}
@@ -161,7 +161,8 @@ def send(path: Path) -> None:
         first = {n: given for n, given in new.items() if n not in last}
         for some in (first.keys() - said.keys(), first.keys() & said.keys()):
             objects.put(fs, root, {n: first[n][0] for n in sorted(some)})
-        removed = [n for n in _seen if _within(n, name) and not (home() / n).exists()]
+        seen = _seen | there.keys() if exact else _seen
+        removed = [n for n in seen if _within(n, name) and not (home() / n).exists()]
         for own in removed:
             objects.delete(fs, root, own)
         _seen.difference_update(removed)
@@ -240,8 +241,8 @@ def sending(folder: Path) -> Iterator[None]:
     send(folder)
 
 
-def _claim() -> None:
-    """Write down whose mirror this is; RunError if it is another store's."""
+def _claim() -> Path:
+    """The folder in which is written whose mirror this is; RunError if it is another store's."""
     path, address = home() / ".same" / "store.json", url()
     with _noting:
         try:
@@ -249,12 +250,13 @@ def _claim() -> None:
         except (OSError, ValueError, KeyError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"url": address})
-            return
+            return path.parent
     if known != address:
         raise RunError(
             f"KFUSE_MIRROR: {home()} is the mirror of {known}, not of {address}; name another "
             "folder, or leave it out"
         )
+    return path.parent
 
 
 def _files(path: Path) -> list[Path]:

@@ -80,6 +80,9 @@ def listing(fs: Any, root: str, name: str) -> dict[str, dict[str, Any]]:
     try:
         found = fs.find(f"{root}/{name}".rstrip("/"), detail=True)
     except FileNotFoundError:
+        bucket = root.partition("/")[0]
+        if bucket and not fs.exists(bucket):
+            raise
         return {}
     out = {}
     for path, listed in found.items():
