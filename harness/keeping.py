@@ -241,6 +241,7 @@ def restore_to(home: Path, name: str, to: Path, base: Path | None = None) -> str
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to}: is there already; name a folder that is new or empty")
     folder = Path(name)
+    mirror.bring(folder.absolute())
     if not folder.is_dir():
         mirror.learn(home)
         for path in home.glob(f"models/{name}*"):

@@ -124,6 +124,11 @@ def _look(path: Path) -> Look | None:
         return None
 
 
+def _said(path: Path) -> str:
+    """What a lock says; OSError, RunError if it cannot be read."""
+    return objects.read(path) if objects.name_of(path) else path.read_text()
+
+
 def _owner(text: str) -> dict[str, Any] | None:
     """Who owns a lock; None while its owner has not written that down."""
     with suppress(ValueError):
@@ -194,11 +199,9 @@ def _renew(path: Path, sign: dict[str, Any], over: threading.Event) -> None:
 
 def _give_back(path: Path, sign: dict[str, Any]) -> None:
     """Remove the lock, unless it was taken away meanwhile and is another's."""
-    far = objects.name_of(path)
     with suppress(OSError, RunError):
-        said = objects.read(path) if far else path.read_text()
-        if (_owner(said) or {}).get("token") == sign["token"]:
-            objects.remove(path) if far else path.unlink()
+        if (_owner(_said(path)) or {}).get("token") == sign["token"]:
+            objects.remove(path) if objects.name_of(path) else path.unlink()
 
 
 __all__ = ["LOST", "owned"]

@@ -32,6 +32,7 @@ EVERY = 60.0  # seconds between two sendings while a folder is worked on
 ROOMS = ("distributions", "models", "evaluations")
 TELLING = ("manifest.json", "failed.json")  # how a folder stands
 SAYING = (".json", ".jsonl")  # ends of files that say what others hold
+ALONE = "ledger.jsonl"  # several append to it under a lock of its own, so it goes by itself alone
 SMALL = 64 * 2**20  # bytes up to which such a file is copied before it is sent
 
 Entry = tuple[list[int], list[Any]]  # size and time of change here, size and tag there
@@ -94,6 +95,7 @@ def bring(path: Path, but: Sequence[str] = ()) -> None:
     with objects.opened(f"fetching {name}") as (fs, root):
         there = objects.listing(fs, root, name)
         _claim()
+        but = (*but, ALONE) if path.name != ALONE else ()
         left = {n for n in there if any(fnmatch(Path(n).name, pattern) for pattern in but)}
         _take(fs, root, {n: info for n, info in there.items() if n not in left})
         for own, (here, _) in _same(name).items():
@@ -151,6 +153,8 @@ def send(path: Path, exact: bool = False) -> None:
         said = dict(_copies(path, Path(copies)))
         found = {n: file for file in _files(path) if (n := str(name_of(file))) not in said}
         files = {n: (file, state) for n, file in found.items() if (state := _state(file))} | said
+        if path.name != ALONE:
+            files.pop(f"{name}/{ALONE}", None)
         there, known = objects.listing(fs, root, name), _same(name)
         new = {
             n: given

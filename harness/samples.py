@@ -23,7 +23,7 @@ from harness.store import beside, world
 from reports.parts import decode, encode
 from reports.records import Run
 
-LEDGER = "ledger.jsonl"
+LEDGER = mirror.ALONE
 SCORES = "scores.parquet"
 
 
@@ -159,6 +159,7 @@ def spend(folder: Path, entry: Mapping[str, Any]) -> None:
 
 def spent(folder: Path) -> list[dict[str, Any]]:
     """The ledger's lines; one that an interruption cut is left out."""
+    mirror.bring(folder / LEDGER)
     try:
         lines = (folder / LEDGER).read_bytes().splitlines()
     except FileNotFoundError:
