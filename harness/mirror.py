@@ -51,7 +51,12 @@ def learn(store: Path, folder: Path | None = None) -> None:
     unsent = []
     with objects.opened("listing") as (fs, root):
         there = objects.listing(fs, root, "" if name == "." else name)
-        _claim()
+        known = [p for room in ROOMS for p in (_claim() / room).glob("*.json")]
+        if name == "." and known and not there:
+            raise RunError(
+                f"{url()}: is empty, but {home()} has {len(known)} folders from there or of its "
+                "own; if that is meant, delete the mirror, or rename it and set it as KFUSE_HOME"
+            )
         _take(fs, root, {n: info for n, info in there.items() if _tells(n)})
         for path in _telling(folder):
             own = str(name_of(path))

@@ -186,7 +186,7 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
     if variant:
         kind = next(k for k in ("train", "merge", "ensemble", "repeat") if getattr(variant, k))
     log = folder / "training.csv" if folder else None
-    if log:
+    if log and kind == "train":
         mirror.bring(log)
     facts = (read_manifest(folder) or {}).get("facts", {}) if folder else {}
     captures = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -315,6 +316,18 @@ def test_a_mirror_belongs_to_one_store(
     monkeypatch.setenv("KFUSE_HOME", f"{store.as_uri()}-another")
     with pytest.raises(RunError, match=r"KFUSE_MIRROR: .*/first is the mirror of .*/store, not"):
         mirror.learn(home())
+
+
+def test_a_store_that_is_lost_takes_no_mirror_with_it(
+    store: Path, at: Callable[[str], Path]
+) -> None:
+    folder = made(at("first") / "models" / "one-00000000")
+    finish(folder, {})
+    mirror.send(folder)
+    shutil.rmtree(store)
+    with pytest.raises(RunError, match="is empty, but .*/first has 1 folders"):
+        mirror.learn(home())
+    assert read_manifest(folder) is not None
 
 
 def test_without_a_url_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
