@@ -48,7 +48,7 @@ def learn(store: Path, folder: Path | None = None) -> None:
     name = name_of(folder or store)
     if name is None:
         return
-    unsent = []
+    unsent: list[Path] = []
     with objects.opened("listing") as (fs, root):
         there = objects.listing(fs, root, "" if name == "." else name)
         known = [p for room in ROOMS for p in (_claim() / room).glob("*.json")]
@@ -62,11 +62,11 @@ def learn(store: Path, folder: Path | None = None) -> None:
             own = str(name_of(path))
             if own in there or not objects.gone(fs, root, own):
                 continue
-            known = _same(own).get(own)
-            if known and _state(path) == known[0]:
+            same = _same(own).get(own)
+            if same and _state(path) == same[0]:
                 path.unlink(missing_ok=True)  # another took it back
                 _note({own: None})
-            elif known is None and path.name == "manifest.json":
+            elif same is None and path.name == "manifest.json":
                 unsent.append(path.parent)
     for path in unsent:
         send(path, exact=True)
