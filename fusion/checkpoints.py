@@ -132,6 +132,7 @@ def merge(
     pad: str | None = None,
     rows: Sequence[str] | None = None,
     statistics: Sequence[Path] = (),
+    models: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Merge model folders into the folder `out`; facts: tensors, parameters, bytes, files, notes.
 
@@ -141,7 +142,8 @@ def merge(
     trim them to the rows that all have, or extend them by the rows of the first model that has
     them, the base first. `merge.yaml` and README.md in `out` say what was merged, by the names
     `rows` (by default the folders'; the base's, if there is one, is the last). `statistics`:
-    folders of `statistics.collect`, one a model, if the method takes them. Everything is written
+    folders of `statistics.collect`, one a model, if the method takes them. `models`: what tells
+    the models apart in draws, by default their content, which is read for it. Everything is written
     in a hidden folder beside `out` and moved when whole; a manifest is the caller's.
     RecipeError if the method refuses its parameters; RunError if the models do not fit together,
     with all mismatches, or a file is damaged.
@@ -162,7 +164,9 @@ def merge(
         inputs = [opened[folder] for folder in folders]
 
         floats = [n for n in sorted(opened[origin].files) if opened[origin].code(n) in FLOATS]
-        keys = [identity(folder) for folder in folders] if "models" in context(method) else None
+        keys = None
+        if "models" in context(method):
+            keys = list(models or (identity(folder) for folder in folders))
         ground = opened[base] if base else None
 
         entries: dict[str, Entry] = {}

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusion.geometry import EMBEDDINGS
-from fusion.tensors import each, floating, ordered, weighted_sum
+from fusion.tensors import (
+    changes,
+    each,
+    flat,
+    floating,
+    ordered,
+    ordering,
+    shaped,
+    weighted_sum,
+)
 
 if TYPE_CHECKING:  # a recipe is checked against the signatures below without waiting for torch
     from torch import Tensor
@@ -54,21 +63,37 @@ def widen(
     base = floating(base)
     if found is None:
         found = column_changes([(name, tensors, base)], ratio=ratio, calibration=calibration)
-    changes = [floating(tensor) - base for tensor in tensors]
+    rows = _flipped(name, base)
     if base.dim() < 2:
-        weights = _calibrated([change.abs() for change in changes], found.means, ratio, calibration)
+        moved = [(floating(tensor) - base).abs().reshape(-1) for tensor in tensors]
+        weights = _calibrated(moved, found.means, ratio, calibration)
     else:
-        shape, first = (1, *base.shape[1:]), 0
-        if _flipped(name, base):
-            shape, first = (-1, 1), start // max(1, base.shape[1])
-        stop = first + base.shape[0] if first or shape[0] == -1 else None
-        weights = [one[first:stop].to(base.dtype).reshape(shape) for one in found.weights]
+        first = start // max(1, base.shape[1]) if rows else 0
+        stop = first + base.shape[0] if rows else None
+        weights = [one[first:stop].to(base.dtype) for one in found.weights]
     if normalize:
         listed, _ = ordered(weights)
         total = weighted_sum(listed, [1.0] * len(listed))
         weights = [weight / total for weight in weights]
-    parts, _ = ordered([change.mul_(w) for change, w in zip(changes, weights, strict=True)])
-    return weighted_sum(parts, [1.0] * len(parts)).add_(base)
+    return _weighed(tensors, base, weights, rows)
+
+
+def _weighed(
+    tensors: Sequence[Tensor], base: Tensor, weights: Sequence[Tensor], rows: bool
+) -> Tensor:
+    """θ_0 + Σ w_i τ_i, in an order that follows from the models' and the weights' content."""
+    import numpy as np
+
+    from fusion import loops
+
+    among, _ = ordering(weights)
+    order, _ = ordering(tensors, [float(among.index(place)) for place in range(len(tensors))])
+    parts = changes([tensors[place] for place in order], base)
+    given = np.stack([flat(weights[place]) for place in order])
+    out = np.empty_like(parts.models[0])
+    width = base.shape[1:].numel() if base.dim() > 1 else base.numel()
+    loops.weigh(out, parts.models, parts.base, given, width, rows)
+    return shaped(out, base)
 
 
 def column_changes(whole: Whole, *, ratio: float = 1.0, calibration: float = 1.0) -> Columns:
@@ -86,9 +111,9 @@ def column_changes(whole: Whole, *, ratio: float = 1.0, calibration: float = 1.0
     else:
         ones = [1.0] * len(sums)
         squares, inner = (weighted_sum(parts, ones) for parts in zip(*sums, strict=True))
-    zero, *norms = squares.sqrt()
+    *norms, zero = squares.sqrt()
     by_norm, by_turn = [], []
-    for norm, dot in zip(norms, inner, strict=True):
+    for norm, dot in zip(norms, inner[:-1], strict=True):
         both = norm * zero
         cosine = dot / both.where(both > 0, 1)
         by_norm.append(_ranks((norm - zero).abs()))
@@ -105,26 +130,23 @@ class _Sums(NamedTuple):
 
     size: int
     flipped: bool
-    norms: tuple[Tensor, Tensor] | None  # |W_0|² and |W_i|²; ⟨W_i, W_0⟩; columns last
+    norms: tuple[Tensor, Tensor] | None  # |W|², ⟨W, W_0⟩: models, then the base; by column
     moved: list[float]
 
 
 def _sums(_: int, name: str, tensors: Sequence[Tensor], base: Any) -> _Sums:
     import torch
 
+    from fusion import loops
+
     base = floating(base)
     if base.dim() < 2:
         moved = [math.fsum((floating(t) - base).abs().reshape(-1).tolist()) for t in tensors]
         return _Sums(base.numel(), False, None, moved)
-    flipped = _flipped(name, base)
-    over = 1 if flipped else 0
-    zero = base.flatten(1).double()
-    squares, inner = [zero.square().sum(over)], []
-    for tensor in tensors:
-        one = tensor.flatten(1).double()
-        inner.append((one * zero).sum(over))
-        squares.append(one.square().sum(over))
-    return _Sums(base.numel(), flipped, (torch.stack(squares), torch.stack(inner)), [])
+    flipped, parts = _flipped(name, base), changes(tensors, base)
+    sums = loops.columns(parts.models, parts.base, base.shape[1:].numel(), flipped)
+    squares, inner = torch.from_numpy(sums)
+    return _Sums(base.numel(), flipped, (squares, inner), [])
 
 
 def _flipped(name: str, tensor: Tensor) -> bool:

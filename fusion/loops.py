@@ -20,6 +20,7 @@ import numpy as np
 
 BLOCK = 1024  # elements at once, so that what is between two steps stays nearest to the processor
 LANES = 256  # partial sums of a reduction, which are added up in their order at the end
+ROW = 32  # the same of a row, which may be short
 Array = np.ndarray
 
 
@@ -33,35 +34,42 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _add(
-    total: Array, model: Array, ground: Array | None, rank: Array | None, least: float, vote: float
-) -> None:
-    zero = vote - vote
-    for i in range(total.size):
-        change = model[i] if ground is None else model[i] - ground[i]
-        lacks = abs(change) < least if rank is None else rank[i] < least
-        total[i] += zero if lacks else change * vote
+def _change(model: Array, ground: Array | None, i: int) -> float:
+    return model[i] if ground is None else model[i] - ground[i]
 
 
 @_compiled
-def _add_agreeing(
-    merged: Array,
-    surviving: Array,
-    total: Array,
-    model: Array,
-    ground: Array | None,
-    rank: Array | None,
-    least: float,
-    weight: float,
-    zero_is_positive: bool,
-) -> None:
+def _select(
+    row: Array, model: Array, ground: Array | None, rank: Array | None, least: float, room: int
+) -> int:
+    """row ← τ'; how many more that equal `least` are kept, if not all are (−1)."""
+    zero = row.dtype.type(0)
+    equal = numba.int32(0)
+    if room > 0:
+        for i in range(row.size):
+            place = abs(_change(model, ground, i)) if rank is None else rank[i]
+            equal = numba.int32(equal + numba.int32(place == least))
+    if room < 0 or (room > 0 and equal <= room):
+        for i in range(row.size):
+            change = _change(model, ground, i)
+            lacks = abs(change) < least if rank is None else rank[i] < least
+            row[i] = zero if lacks else change
+        return room - int(equal)
+    for i in range(row.size):
+        change = _change(model, ground, i)
+        place = abs(change) if rank is None else rank[i]
+        kept = place == least and room > 0
+        room -= int(kept)
+        row[i] = zero if place <= least and not kept else change
+    return room
+
+
+@_compiled
+def _agree(merged: Array, surviving: Array, sign: Array, row: Array, weight: float) -> None:
     zero = weight - weight
-    for i in range(total.size):
-        change = model[i] if ground is None else model[i] - ground[i]
-        lacks = abs(change) < least if rank is None else rank[i] < least
-        part = zero if lacks else change * weight
-        plus = total[i] >= zero if zero_is_positive else total[i] > zero
-        differs = part <= zero if plus else part >= zero
+    for i in range(sign.size):
+        part = row[i] * weight
+        differs = part * sign[i] <= zero
         merged[i] += zero if differs else part
         surviving[i] += zero if differs else weight
 
@@ -80,6 +88,8 @@ def combine(
     ground: Array | None,
     rank: Array | None,
     leasts: Array,
+    rooms: Array,
+    draws: tuple[int, Array, Array, Array, Array] | None,
     weights: Array,
     votes: Array,
     elect: int,
@@ -90,38 +100,56 @@ def combine(
 ) -> None:
     """out ← θ_0 + scale · Σ w τ' / Σ w, θ_0 from `base`, or 0 if that is None.
 
+    `rooms`: how many elements that equal a model's `least` are kept, the first ones, or −1 for all.
+    `draws` select in its place where there are any: number of the first element, a multiple of 4,
+    and the models' bounds, keys, streams and factors (see `_drop`). Draws are those of
+    Philox4x32-10 (Salmon et al. 2011): the four numbers of 32 bits that counter (n // 4, stream)
+    has under the key are those of four elements, n the first. Counter, stream, key: of 64 bits.
+
     With `elect` not 0, the sums are over the models whose w τ' has the sign of Σ votes τ', a sum of
     0 counting as the sign of `elect`, and where |Σ w| is below `floor`, `otherwise` is divided by;
     else the sum is Σ votes τ', undivided. What is not a number is kept, so that it shows.
     """
+    left = rooms.copy()
+    rows = np.empty((len(models), BLOCK), out.dtype)
     surviving, merged = np.empty(BLOCK, out.dtype), np.empty(BLOCK, out.dtype)
-    zero = scale - scale
+    drawn = np.empty((4, BLOCK // 4), np.uint32)
+    zero, one = out.dtype.type(0), out.dtype.type(1)
     for start in range(0, out.size, BLOCK):
         stop = min(start + BLOCK, out.size)
+        size = stop - start
         total = out[start:stop]
         below = None if ground is None else ground[start:stop]
         ranks = None if rank is None else rank[start:stop]
         # From −0, which adds nothing: 0 + −0 is 0, and a merge of copies would not be the copy.
         total[:] = -zero
         for m in range(len(models)):
-            _add(total, models[m][start:stop], below, ranks, leasts[m], votes[m])
+            row, model = rows[m, :size], models[m][start:stop]
+            if draws is None:
+                left[m] = _select(row, model, below, ranks, leasts[m], left[m])
+            else:
+                first, bounds, keys, streams, factors = draws
+                _philox(drawn, keys[m], streams[m], (first + start) // 4)
+                _drop(row, drawn, model, below, bounds[m], factors[m])
+            vote = votes[m]
+            for i in range(size):
+                total[i] += row[i] * vote
         if elect != 0:
-            size = stop - start
-            into, left = merged[:size], surviving[:size]
-            into[:], left[:] = zero, zero
+            into, weight = merged[:size], surviving[:size]
+            into[:], weight[:] = zero, zero
+            for i in range(size):
+                plus = total[i] >= zero if elect > 0 else total[i] > zero
+                total[i] = one if plus else -one
             for m in range(len(models)):
-                model = models[m][start:stop]
-                _add_agreeing(
-                    into, left, total, model, below, ranks, leasts[m], weights[m], elect > 0
-                )
-            _divide(into, left, floor, otherwise)
+                _agree(into, weight, total, rows[m, :size], weights[m])
+            _divide(into, weight, floor, otherwise)
             total[:] = into
         if base is None:
-            for i in range(total.size):
+            for i in range(size):
                 total[i] = total[i] * scale
         else:
             onto = base[start:stop]
-            for i in range(total.size):
+            for i in range(size):
                 total[i] = total[i] * scale + onto[i]
 
 
@@ -150,8 +178,8 @@ def variance(out: Array, models: tuple[Array, ...]) -> None:
 
 
 @_compiled
-def products(models: tuple[Array, ...], ground: Array | None, chosen: Array | None) -> Array:
-    """(M, M) of Σ τ_i τ_j over the chosen elements, in float64, each LANES-th product in a sum."""
+def products(models: tuple[Array, ...], ground: Array | None) -> Array:
+    """(M, M) of Σ τ_i τ_j, in float64, each LANES-th product in a sum."""
     count = len(models)
     lanes = np.zeros((count, count, LANES))
     wide = np.empty((count, LANES))
@@ -160,8 +188,7 @@ def products(models: tuple[Array, ...], ground: Array | None, chosen: Array | No
         for m in range(count):
             model, row = models[m][start : start + size], wide[m]
             for i in range(size):
-                change = model[i] if ground is None else model[i] - ground[start + i]
-                row[i] = change if chosen is None else change * chosen[start + i]
+                row[i] = model[i] if ground is None else model[i] - ground[start + i]
         for one in range(count):
             for two in range(one, count):
                 a, b, sums = wide[one], wide[two], lanes[one, two]
@@ -177,6 +204,103 @@ def products(models: tuple[Array, ...], ground: Array | None, chosen: Array | No
 
 
 @_compiled
+def squares(
+    models: tuple[Array, ...],
+    ground: Array | None,
+    rank: Array | None,
+    leasts: Array,
+    rooms: Array,
+) -> Array:
+    """(M,) of Σ τ'², in float64, each LANES-th square in a sum; `rooms` as in `combine`."""
+    left = rooms.copy()
+    lanes = np.zeros((len(models), LANES))
+    row = np.empty(LANES, models[0].dtype)
+    for start in range(0, models[0].size, LANES):
+        stop = min(start + LANES, models[0].size)
+        size = stop - start
+        below = None if ground is None else ground[start:stop]
+        ranks = None if rank is None else rank[start:stop]
+        for m in range(len(models)):
+            sums, model = lanes[m], models[m][start:stop]
+            left[m] = _select(row[:size], model, below, ranks, leasts[m], left[m])
+            for i in range(size):
+                wide = np.float64(row[i])
+                sums[i] += wide * wide
+    out = np.zeros(len(models))
+    for m in range(len(models)):
+        for i in range(LANES):
+            out[m] += lanes[m, i]
+    return out
+
+
+@_compiled
+def _products(part: Array, below: Array, lanes: Array) -> tuple[float, float]:
+    """Σ θ² and Σ θ θ_0, each ROW-th product in a sum."""
+    lanes[:] = 0
+    squares, inner = lanes
+    whole = part.size // ROW * ROW
+    for start in range(0, whole, ROW):
+        for i in range(ROW):
+            one, two = np.float64(part[start + i]), np.float64(below[start + i])
+            squares[i] += one * one
+            inner[i] += one * two
+    for i in range(part.size - whole):
+        one, two = np.float64(part[whole + i]), np.float64(below[whole + i])
+        squares[i] += one * one
+        inner[i] += one * two
+    both = 0.0, 0.0
+    for i in range(ROW):
+        both = both[0] + squares[i], both[1] + inner[i]
+    return both
+
+
+@_compiled
+def columns(models: tuple[Array, ...], ground: Array, width: int, rows: bool) -> Array:
+    """(2, M + 1, columns) of Σ θ² and Σ θ θ_0 over each column, the ground last, in float64.
+
+    Arrays are matrices of that width; with `rows`, their rows are what is summed over.
+    """
+    height = ground.size // width
+    out = np.zeros((2, len(models) + 1, height if rows else width))
+    lanes = np.empty((2, ROW))
+    for row in range(height):
+        place = slice(row * width, (row + 1) * width)
+        below = ground[place]
+        for m in range(len(models) + 1):
+            part = below if m == len(models) else models[m][place]
+            squares, inner = out[0, m], out[1, m]
+            if rows:
+                squares[row], inner[row] = _products(part, below, lanes)
+            else:
+                for i in range(width):
+                    one, two = np.float64(part[i]), np.float64(below[i])
+                    squares[i] += one * one
+                    inner[i] += one * two
+    return out
+
+
+@_compiled
+def weigh(
+    out: Array, models: tuple[Array, ...], ground: Array, weights: Array, width: int, rows: bool
+) -> None:
+    """out ← θ_0 + Σ w τ, a weight a model and column, or row, of matrices of that width."""
+    for row in range(ground.size // width):
+        place = slice(row * width, (row + 1) * width)
+        total, below = out[place], ground[place]
+        total[:] = 0
+        for m in range(len(models)):
+            part, weight = models[m][place], weights[m]
+            if rows:
+                for i in range(width):
+                    total[i] += (part[i] - below[i]) * weight[row]
+            else:
+                for i in range(width):
+                    total[i] += (part[i] - below[i]) * weight[i]
+        for i in range(width):
+            total[i] += below[i]
+
+
+@_compiled
 def magnitude(out: Array, model: Array, ground: Array | None) -> None:
     """out ← |τ|."""
     for i in range(out.size):
@@ -184,34 +308,44 @@ def magnitude(out: Array, model: Array, ground: Array | None) -> None:
 
 
 @_compiled
-def count(values: Array, low: float, high: float, inside: Array) -> tuple[int, int, int]:
-    """How many values are above 0, above `high`, and from `low` to `high`.
+def count(
+    values: Array, ground: Array | None, low: float, high: float, inside: Array
+) -> tuple[int, int, int]:
+    """How many values, |τ| if there is a ground, are above 0, above `high`, from `low` to `high`.
 
     Those are left in `inside`, in their order; it has room for one more than all. `low` and `high`
     are of the values' type.
     """
     positive, above, between = 0, 0, 0
     zero = low - low
-    whole = values.size // 32 * 32
-    for start in range(0, values.size, 32):
-        near = numba.int32(1)
-        if start < whole:
-            # In 32 bits, as many at once as there are values.
-            up = over = near = numba.int32(0)
-            for i in range(start, start + 32):
-                up = numba.int32(up + numba.int32(values[i] > zero))
-                over = numba.int32(over + numba.int32(values[i] > high))
-                near = numba.int32(near + numba.int32((values[i] >= low) & (values[i] <= high)))
-            positive += int(up)
-            above += int(over)
+    block = np.empty(BLOCK, values.dtype)
+    near = np.zeros(BLOCK, np.uint8)
+    eights = near.view(np.uint64)
+    for start in range(0, values.size, BLOCK):
+        size = min(BLOCK, values.size - start)
+        part = values[start : start + size]
+        if ground is None:
+            block[:size] = part
         else:
-            for i in range(start, values.size):
-                positive += values[i] > zero
-                above += values[i] > high
-        if near:
-            for i in range(start, min(start + 32, values.size)):
-                inside[between] = values[i]  # overwritten by the next one unless it counts
-                between += (values[i] >= low) & (values[i] <= high)
+            below = ground[start : start + size]
+            for i in range(size):
+                block[i] = abs(part[i] - below[i])
+        # In 32 bits, as many at once as there are values.
+        up = over = numba.int32(0)
+        for i in range(size):
+            up = numba.int32(up + numba.int32(block[i] > zero))
+        for i in range(size):
+            over = numba.int32(over + numba.int32(block[i] > high))
+        positive += int(up)
+        above += int(over)
+        for i in range(size):
+            near[i] = (block[i] >= low) & (block[i] <= high)
+        near[size:] = 0
+        for eight in range(BLOCK // 8):
+            if eights[eight]:
+                for i in range(8 * eight, 8 * eight + 8):
+                    inside[between] = block[i]  # overwritten by the next one unless it counts
+                    between += near[i]
     return positive, above, between
 
 
@@ -219,46 +353,26 @@ def count(values: Array, low: float, high: float, inside: Array) -> tuple[int, i
 def _philox(drawn: Array, key: int, stream: int, counter: int) -> None:
     """The numbers of the counters from `counter` on, a column each, words of 32 bits."""
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c0, c1, c2, c3 = drawn[0], drawn[1], drawn[2], drawn[3]
     for j in range(drawn.shape[1]):
-        n = np.uint64(counter + j)
-        c0[j], c1[j] = np.uint32(n & low), np.uint32(n >> half)
-        c2[j], c3[j] = np.uint32(stream & low), np.uint32(stream >> half)
-    k0, k1 = np.uint32(key & low), np.uint32(key >> half)
-    for _ in range(10):
-        for j in range(drawn.shape[1]):
-            a = np.uint64(0xD2511F53) * np.uint64(c0[j])
-            b = np.uint64(0xCD9E8D57) * np.uint64(c2[j])
-            c0[j] = np.uint32(b >> half) ^ c1[j] ^ k0
-            c1[j] = np.uint32(b)
-            c2[j] = np.uint32(a >> half) ^ c3[j] ^ k1
-            c3[j] = np.uint32(a)
-        k0 = np.uint32(k0 + np.uint32(0x9E3779B9))
-        k1 = np.uint32(k1 + np.uint32(0xBB67AE85))
+        n = np.uint64(counter) + np.uint64(j)
+        c0, c1, c2, c3 = n & low, n >> half, stream & low, stream >> half
+        k0, k1 = key & low, key >> half
+        for _ in range(10):  # words of 32 bits in 64: several counters at once stay in registers
+            a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+            c0, c1, c2, c3 = (b >> half) ^ c1 ^ k0, b & low, (a >> half) ^ c3 ^ k1, a & low
+            k0, k1 = k0 + np.uint64(0x9E3779B9) & low, k1 + np.uint64(0xBB67AE85) & low
+        drawn[0, j], drawn[1, j], drawn[2, j], drawn[3, j] = c0, c1, c2, c3
 
 
 @_compiled
-def drop(
-    out: Array, model: Array, ground: Array, density: float, key: int, stream: int, start: int
+def _drop(
+    row: Array, drawn: Array, model: Array, ground: Array | None, bound: int, factor: float
 ) -> None:
-    """out ← τ where the element's draw is below the density, else 0.
-
-    Draws are those of Philox4x32-10 (Salmon et al. 2011): the four numbers of 32 bits that counter
-    (n // 4, stream) has under the key are those of four elements, n the first. `start`: n of the
-    first element, a multiple of 4. Counter, stream and key are of 64 bits.
-    """
-    bound = np.uint64(np.ceil(density * 4294967296.0))
-    last = np.uint32(min(bound - np.uint64(1), np.uint64(0xFFFFFFFF)))
-    zero = out.dtype.type(0)
-    drawn = np.empty((4, 512), np.uint32)
-    row = np.empty(2048, np.uint32)
-    for first in range(0, out.size, 2048):
-        _philox(drawn, key, stream, (start + first) // 4)
-        for place in range(4):
-            for j in range(512):
-                row[4 * j + place] = drawn[place, j]
-        stop = min(first + 2048, out.size)
-        into, taken, below = out[first:stop], model[first:stop], ground[first:stop]
-        for i in range(into.size):
-            change = taken[i] - below[i]
-            into[i] = change if row[i] <= last else zero
+    """row ← factor · τ where the element's draw is at most the bound, else 0."""
+    zero = row.dtype.type(0)
+    words = np.empty(drawn.size, np.uint32)
+    for place in range(4):
+        for j in range(drawn.shape[1]):
+            words[4 * j + place] = drawn[place, j]
+    for i in range(row.size):
+        row[i] = _change(model, ground, i) * factor if words[i] <= bound else zero

@@ -20,8 +20,10 @@ if TYPE_CHECKING:  # a recipe is checked against signatures without waiting for 
 
     from fusion.tensors import Whole
 
-# Of the models' tensors and the base, one or more arrays of numbers ≥ 0 to rank, each by itself.
-Values = Callable[[Sequence["Tensor"], Any], Sequence[np.ndarray]]
+# Of the models' tensors and the base, one or more arrays to rank, each by itself: by |τ| against
+# the second, or numbers ≥ 0 and None.
+Ranked = tuple[np.ndarray, np.ndarray | None]
+Values = Callable[[Sequence["Tensor"], Any], Sequence[Ranked]]
 Keep = Callable[[int, int], int]  # how many are kept, of so many, so many of them above zero
 SAMPLE = 1 << 14, 1 << 20  # numbers in a sample: at least, at most
 
@@ -32,21 +34,15 @@ class Least(NamedTuple):
     value: float
     room: Mapping[int, int] | None = None  # by the place of the piece's first element; else all
 
-    def within(self, ranks: np.ndarray, start: int = 0) -> tuple[np.ndarray, float]:
-        """Ranks of a piece's elements, and the least of what is kept: of equal ones the first."""
-        room = self.room.get(start) if self.room else None
-        if room is None:
-            return ranks, self.value
-        if room == 0:
-            return ranks, float(np.nextafter(ranks.dtype.type(self.value), np.inf))
-        equal = ranks == self.value
-        # What is not a number is not less, so it is kept, and shows.
-        mask = ~(ranks < self.value) & ~(equal & (equal.cumsum() > room))
-        return mask.astype(ranks.dtype), 1.0
+    def of(self, start: int) -> int:
+        """How many that equal it are kept of a piece, the first ones; −1: all."""
+        return self.room.get(start, -1) if self.room else -1
 
 
 def magnitudes(model: np.ndarray, base: np.ndarray | None) -> np.ndarray:
-    """|τ|."""
+    """|τ|, or the numbers themselves, which are ≥ 0, if there is no base."""
+    if base is None:
+        return model
     from fusion import loops
 
     out = np.empty_like(model)
@@ -78,7 +74,9 @@ def _brackets(
     most = min(max(size >> 5, SAMPLE[0]), SAMPLE[1])
     if sample is None or size <= 4 * most or spread == math.inf:
         return None
-    parts = [values(models, base) for _, models, base in sample(most)]
+    parts = [
+        [magnitudes(*ranked) for ranked in values(models, base)] for _, models, base in sample(most)
+    ]
     out = []
     for column in zip(*parts, strict=True):
         flat = np.concatenate(column)
@@ -114,8 +112,9 @@ def _counted(
     from fusion import loops
 
     out = []
-    for place, value in enumerate(values(models, base)):
+    for place, (value, ground) in enumerate(values(models, base)):
         if not brackets:  # all of it, what is not a number as well
+            value = magnitudes(value, ground)
             positive = int(np.count_nonzero(value > 0))
             everything = (-1.0, math.inf), (0, 0), value
             out.append(_Count(start, value.size, positive, 0, *everything))
@@ -123,7 +122,7 @@ def _counted(
         real = value.dtype.type
         low, high = brackets[place]
         inside = np.empty(value.size + 1, value.dtype)
-        positive, above, between = loops.count(value, real(low), real(high), inside)
+        positive, above, between = loops.count(value, ground, real(low), real(high), inside)
         held = inside[:between]
         at = int(np.count_nonzero(held == low)), int(np.count_nonzero(held == high))
         held = held[(held > low) & (held < high)]

@@ -117,6 +117,16 @@ def _whole(parameter: nn.Parameter, part: str, optimizer: Any) -> Tensor:
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
+def unround(model: nn.Module, optimizer: Any) -> None:
+    """Give trained weights the float32 values that DeepSpeed updates; all processes call this.
+
+    With arithmetic in bfloat16 those that it computes with are rounded.
+    """
+    for parameter in trained(model).values():
+        if _by_deepspeed(parameter):
+            parameter.data = _whole(parameter, WEIGHT, optimizer)
+
+
 def _by_deepspeed(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed keeps its float32 value and moments, in whole or in part."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

@@ -106,7 +106,7 @@ def select(whole: Whole, *, select_topk: float = 0.1, least: int = 0) -> Selecte
     chosen = Least(0.0)
     if select_topk < 1:
         chosen = next(
-            iter(least_kept(whole, lambda tensors, _: [_variance(tensors)], keep)), chosen
+            iter(least_kept(whole, lambda tensors, _: [(_variance(tensors), None)], keep)), chosen
         )
 
     def moved(
@@ -140,8 +140,9 @@ def _selected(parts: Changes, tensors: Sequence[Tensor], least: Least, start: in
     """Of changes what varies enough over the models."""
     if least.value <= 0:
         return parts
-    rank, value = least.within(_variance(tensors), start)
-    return parts._replace(rank=rank, leasts=[value] * len(parts.models))
+    count = len(parts.models)
+    leasts, rooms = [least.value] * count, [least.of(start)] * count
+    return parts._replace(rank=_variance(tensors), leasts=leasts, rooms=rooms)
 
 
 def _erased(

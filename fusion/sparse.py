@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fusion.ranking import Least, least_kept, magnitudes
+from fusion.ranking import Least, Ranked, least_kept, magnitudes
 from fusion.tensors import (
     Changes,
+    Draws,
     changes,
     each,
     elected,
@@ -60,24 +61,11 @@ def ties_mergekit(
     found = found or largest_changes([("", tensors, base)], density=density)
     order, (given,) = ordering(tensors, weights)
     parts = changes([tensors[index] for index in order], base)
-    parts = _kept(parts, [found[index] for index in order], start)
+    trimmed = [found[index] for index in order]
+    leasts, rooms = [one.value for one in trimmed], [one.of(start) for one in trimmed]
+    parts = parts._replace(leasts=leasts, rooms=rooms)
     floor = 1e-8 if normalize else math.inf
     return elected(parts, given, given, base, scale=scale, floor=floor)
-
-
-def _kept(parts: Changes, found: Sequence[Least], start: int = 0) -> Changes:
-    """The largest of each change, by magnitude."""
-    models, leasts = list(parts.models), [max(0.0, least.value) for least in found]
-    for place, least in enumerate(found):
-        if least.room is None or start not in least.room:
-            continue
-        ranks = magnitudes(models[place], parts.base)
-        rank, leasts[place] = least.within(ranks, start)
-        if rank is not ranks:  # among equal ones some are kept: the others take the base's value
-            assert parts.base is not None
-            models[place] = np.where(rank > 0, models[place], parts.base)
-            leasts[place] = 0.0
-    return parts._replace(models=tuple(models), leasts=leasts)
 
 
 def largest_changes(whole: Whole, *, density: float | list[float] = 1.0) -> list[Least]:
@@ -92,9 +80,9 @@ def largest_changes(whole: Whole, *, density: float | list[float] = 1.0) -> list
 
         def values(
             tensors: Sequence[Tensor], base: Tensor, of: list[int] = members
-        ) -> list[np.ndarray]:
+        ) -> list[Ranked]:
             ground = flat(base)
-            return [magnitudes(flat(tensors[i]), ground) for i in of]
+            return [(flat(tensors[i]), ground) for i in of]
 
         def keep(size: int, _: int, share: float = share) -> int:
             return max(1, int(share * size))
@@ -142,9 +130,9 @@ def trim(whole: Whole, *, density: float = 0.2) -> Trim:
     """Thresholds of `ties_paper` over all tensors, exact, and the sign that most elements elect."""
     fraction("density", density)
 
-    def values(tensors: Sequence[Tensor], base: Tensor) -> list[np.ndarray]:
+    def values(tensors: Sequence[Tensor], base: Tensor) -> list[Ranked]:
         ground = flat(base)
-        return [magnitudes(flat(tensor), ground) for tensor in tensors]
+        return [(flat(tensor), ground) for tensor in tensors]
 
     def keep(size: int, _: int) -> int:
         return max(1, int(density * size))
@@ -187,7 +175,7 @@ def dare_linear(
     density = 1 − p of the paper, one fraction in (0, 1], or one a model. With `normalize`, w_i is
     divided by Σ w_i. `rescale` is probability (1/density), none, or norm@mergekit (Σ|τ_i| /
     Σ|m_i ⊙ τ_i|, which depends on the draw). An element's draw depends on the seed, its model, its
-    tensor and its place alone (see `kept`).
+    tensor and its place alone (see `_keyed`).
 
     Source: DARE, 2311.03099, where p = 0.9 is often harmless.
     """
@@ -248,37 +236,33 @@ def _dropped(
     keys = [str(place) for place in range(len(order))]
     if draw.models is not None:
         keys = _told_apart([draw.models[index] for index in order])
-    ground = flat(base)
-    parts = []
-    for index, key, share in zip(order, keys, fractions, strict=True):
-        model = flat(tensors[index])
-        part = kept(model, ground, share, key, draw)
-        if rescale == "probability":
-            part *= part.dtype.type(1 / share)
-        elif rescale == "norm@mergekit" and (left := _norm(part, None)):
-            part *= part.dtype.type(_norm(model, ground) / left)
-        parts.append(part)
-    return Changes(tuple(parts), None), given
+    parts = changes([tensors[index] for index in order], base)
+    words, streams = np.array([_keyed(draw, key) for key in keys], np.uint64).T.copy()
+    bounds = np.array([math.ceil(share * 2**32) - 1 for share in fractions], np.uint32)
+    factors = parts.real([1 / share if rescale == "probability" else 1.0 for share in fractions])
+    draws = Draws(draw.start, bounds, words, streams, factors)
+    if rescale == "norm@mergekit":
+        for place, model in enumerate(parts.models):
+            one = Draws(draws.first, *(column[place : place + 1] for column in draws[1:]))
+            left = summed(Changes((model,), parts.base, draws=one), [1.0])
+            if norm := _norm(left, None):
+                factors[place] = _norm(model, parts.base) / norm
+    return parts._replace(draws=draws), given
 
 
 def _norm(model: np.ndarray, base: np.ndarray | None) -> float:
     """Σ |τ|."""
-    return float(magnitudes(model, base).sum(dtype=np.float64))
+    return float(abs(magnitudes(model, base)).sum(dtype=np.float64))
 
 
-def kept(model: np.ndarray, base: np.ndarray, density: float, key: str, draw: Draw) -> np.ndarray:
-    """τ where a draw keeps it, else 0.
+def _keyed(draw: Draw, model: str) -> tuple[int, int]:
+    """Key and stream of a model's draws in a tensor.
 
     Number n of Philox, a counter-based generator, keyed by sha256(seed, model, tensor), is the draw
     of element n: whoever computes which part of a tensor, and when, does not matter.
     """
-    from fusion import loops
-
-    content = f"{draw.seed}\n{key}\n{draw.name}".encode()
-    keyed, stream = np.frombuffer(hashlib.sha256(content).digest()[:16], "<u8")
-    out = np.empty_like(model)
-    loops.drop(out, model, base, density, keyed, stream, draw.start)
-    return out
+    digest = hashlib.sha256(f"{draw.seed}\n{model}\n{draw.name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def _densities(density: float | list[float], count: int) -> list[float]:

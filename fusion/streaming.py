@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fusion.checkpoints import Checkpoint
 
 PIECE = 1 << 19  # elements of one model's tensor at once, at least eight rows
+SMALL = 4 * PIECE  # a tensor of so many elements at most is one thread's work
 STEP = 8  # a piece starts at a multiple of so many rows, as draws come in eights
 
 
@@ -162,7 +163,7 @@ class Merging:
         )
         try:
             if over_model(self.method, self.parameters):
-                self.found = self._statistics(sorted(self.names))
+                self.found = self._statistics(sorted(self.names), self.threads)
         except BaseException:
             self.__exit__()
             raise
@@ -183,10 +184,22 @@ class Merging:
         if name not in self.names:
             yield partial(self.inputs[0].read, name)
             return
+        if "found" in context(self.method) and self.found is None:
+            if self.cut and prod(self.inputs[0].shape(name)) <= SMALL:
+                yield partial(self._whole, name, dtype)
+                return
+            yield from self._parts(name, dtype, self._statistics([name], self.threads))
+        else:
+            yield from self._parts(name, dtype, self.found)
+
+    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of few pieces, one after another: what is found is still near when it merges."""
+        found = self._statistics([name])
+        return torch.cat([call().reshape(-1) for call in self._parts(name, dtype, found)])
+
+    def _parts(self, name: str, dtype: torch.dtype, found: Any) -> Iterator[Callable[[], Tensor]]:
         takes = context(self.method)
-        known = {**self.known, "name": name}
-        if "found" in takes:
-            known["found"] = self.found if self.found is not None else self._statistics([name])
+        known = {**self.known, "name": name, "found": found}
         collected = self.collected if all(name in one for one in self.collected) else ()
         cut = self.cut and all(one.kind == "fisher" for one in collected)
         known = {key: value for key, value in known.items() if key in takes}
@@ -214,9 +227,9 @@ class Merging:
             given["statistics"] = [one.read(name, start, stop) / self.unit for one in collected]
         return MERGE_METHODS[self.method](tensors, base, **self.parameters, **given).to(dtype)
 
-    def _statistics(self, names: Sequence[str]) -> Any:
+    def _statistics(self, names: Sequence[str], threads: ThreadPoolExecutor | None = None) -> Any:
         function = STATISTICS[self.method]
         takes = inspect.signature(function).parameters
         given = {key: value for key, value in self.parameters.items() if key in takes}
-        pieces = Pieces(self.inputs, self.base, names, True, self.threads)
+        pieces = Pieces(self.inputs, self.base, names, True, threads)
         return function(pieces, **given)

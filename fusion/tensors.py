@@ -83,13 +83,37 @@ def fraction(name: str, value: float) -> float:
     return value
 
 
+class Draws(NamedTuple):
+    """Which elements are kept by chance: an element's draw is at most its model's bound."""
+
+    first: int  # number of the first element's draw, a multiple of 4
+    bounds: np.ndarray  # of 32 bits, as the draws
+    keys: np.ndarray
+    streams: np.ndarray
+    factors: np.ndarray  # what is kept is multiplied by, of the elements' type
+
+
 class Changes(NamedTuple):
-    """τ_i of models, or of their elements whose rank, |τ_i| if None, is at least `leasts[i]`."""
+    """τ_i of models, or of their elements whose rank, |τ_i| if None, is at least `leasts[i]`.
+
+    Of those that equal it the first `rooms[i]`, or all if that is −1. In place of that, draws.
+    """
 
     models: tuple[np.ndarray, ...]
     base: np.ndarray | None
     rank: np.ndarray | None = None
     leasts: Sequence[float] = ()  # 0 each by default
+    rooms: Sequence[int] = ()  # −1 each by default
+    draws: Draws | None = None
+
+    @property
+    def selection(self) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """As the compiled loops take it."""
+        import numpy as np
+
+        count = len(self.models)
+        rooms = np.array(self.rooms or [-1] * count, dtype=np.int64)
+        return self.rank, self.real(self.leasts or [0.0] * count), rooms
 
     def real(self, numbers: Sequence[float]) -> np.ndarray:
         """Numbers in the elements' own type."""
@@ -160,12 +184,12 @@ def _combined(
 
     from fusion import loops
 
-    models, ground, rank, leasts = parts
-    out = np.empty_like(models[0])
-    numbers = (parts.real(row) for row in (leasts or [0.0] * len(models), weights, votes))
+    out = np.empty_like(parts.models[0])
+    given = (parts.models, parts.base, *parts.selection, parts.draws and tuple(parts.draws))
+    numbers = parts.real(weights), parts.real(votes)
     floor, otherwise, factor = parts.real([*division, scale])
     onto = None if base is None else flat(base)
-    loops.combine(out, models, ground, rank, *numbers, elect, floor, otherwise, factor, onto)
+    loops.combine(out, *given, *numbers, elect, floor, otherwise, factor, onto)
     return out
 
 
@@ -182,15 +206,14 @@ def inner_products(tensors: Sequence[Tensor], base: Tensor | None = None) -> lis
     """⟨τ_i, τ_j⟩ of all pairs in float64; τ_i is the tensor itself if no base is given."""
     from fusion import loops
 
-    models, ground, *_ = changes(tensors, base)
-    found: list[list[float]] = loops.products(models, ground, None).tolist()
+    parts = changes(tensors, base)
+    found: list[list[float]] = loops.products(parts.models, parts.base).tolist()
     return found
 
 
 def squares(parts: Changes) -> list[float]:
-    """Σ τ_i² in float64, over what the changes are of, where their ranks are given."""
+    """Σ τ_i² in float64, over what the changes are of."""
     from fusion import loops
 
-    models, ground, rank, leasts = parts
-    chosen = None if rank is None else rank >= parts.real(leasts)[0]
-    return [float(loops.products((model,), ground, chosen)[0, 0]) for model in models]
+    found: list[float] = loops.squares(parts.models, parts.base, *parts.selection).tolist()
+    return found

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -164,11 +164,19 @@ class FusionTrainer(Trainer):
     """The Trainer, reading blocks in their packed order and keeping the loss's parts.
 
     λ of step n of N is start + (end − start) n / N, with n from 0. Its checkpoints are those of
-    `fusion.restart`, so that other processes may go on from them.
+    `fusion.restart`, so that other processes may go on from them. own: called before one is
+    written, raises if the folder is no longer this training's.
     """
 
-    def __init__(self, *args: Any, fuse: Fuse | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        fuse: Fuse | None = None,
+        own: Callable[[], None] = lambda: None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.own = own
         self.clm_weight = fuse.weight_at if fuse else Decay(start=1.0, end=1.0)
         self.model_accepts_loss_kwargs = False  # every block weighs the same; see `collate`
         self.parts: list[tuple[float, float, int, int]] = []
@@ -227,8 +235,10 @@ class FusionTrainer(Trainer):
     def _save_checkpoint(self, *_: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         writes = self.is_world_process_zero()
+        self.own()
         restart.write(folder, self._own_model(), self._own_optimizer(), writes)
         self._save_rng_state(str(folder))
+        self.accelerator.wait_for_everyone()
         if writes:  # the state last: it says that the rest is whole
             self.state.save_to_json(str(folder / "trainer_state.json"))
             for older in folder.parent.glob("checkpoint-*"):
@@ -325,8 +335,10 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
     )
 
 
-def train(job: dict) -> dict[str, float]:
+def train(job: dict, own: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Run one job and leave the target in job["out"]; facts about the run are returned.
+
+    own: called before anything is written there, raises if the folder is no longer this job's.
 
     Goes on from the last whole checkpoint; on one CPU process the final weights are the same bytes
     as those of an unbroken run.
@@ -352,6 +364,7 @@ def train(job: dict) -> dict[str, float]:
         model=trained.train(),
         args=arguments,
         fuse=fuse,
+        own=own,
         train_dataset=Blocks(
             blocks,
             targets,
@@ -364,10 +377,13 @@ def train(job: dict) -> dict[str, float]:
     log.trainer = trainer  # type: ignore[attr-defined]
     trainer.remove_callback(PrinterCallback)  # the log has it all
     trainer.go_on(checkpoint)
+    own()
     if not lora:
         trainer.save_model(str(out))
-    elif trainer.is_world_process_zero():
-        write(trained, job["init"], out)
+    else:
+        restart.unround(trainer._own_model(), trainer._own_optimizer())
+        if writes:
+            write(trained, job["init"], out)
     if trainer.is_world_process_zero():
         load_tokenizer(job["init"]).save_pretrained(out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -78,7 +78,8 @@ def once(folders, sync=False):
     folders = [Path(f) for f in folders]
     started, used = time.perf_counter(), sum(os.times()[:2])
     onto = folders.pop(base) if base >= 0 else None
-    merge(folders, onto, Path(out), method, options)
+    names = [folder.name for folder in folders]
+    merge(folders, onto, Path(out), method, options, models=names)
     if sync:
         with written.open("rb") as data:
             os.fsync(data.fileno())
@@ -155,7 +156,7 @@ def _method(
     folders, small = ([root / f"{kind}{n}" for n in range(count)] for kind in ("m", "small"))
     base = folders[0] if needs_base(method) else None
     copied = _copied(folders, root)
-    job = [list(map(str, folders)), list(map(str, small)), -1 if base is None else 0]
+    job: list[Any] = [list(map(str, folders)), list(map(str, small)), -1 if base is None else 0]
     job += [str(root / "ours"), method, OPTIONS.get(method, {})]
     cold, _, seconds, used, peak, kinds = json.loads(
         _output([sys.executable, "-c", _OURS, json.dumps(job)])

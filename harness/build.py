@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from harness.capturing import capture_step, with_shares
 from harness.costs import Meter, budget, counted, written
 from harness.hashing import folder_hash
 from harness.launching import launch
-from harness.locks import owned
+from harness.locks import Lost, owned, require
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say, working
 from harness.store import (
@@ -67,7 +68,8 @@ def make(plan: Plan, step: Step) -> str | None:
             with working(plan.home, step.folder.name), mirror.sending(step.folder):
                 _carry_out(plan, step)
     except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
-        note_failure(step, str(error))
+        if not isinstance(error, Lost):  # else the folder is another's
+            note_failure(step, str(error))
         say(f"{step.kind} {step.name}: {error}")
         return f"{step.kind} {step.name} failed: {error}"
     return None
@@ -120,6 +122,7 @@ def _carry_out(plan: Plan, step: Step) -> None:
         if step.disk:
             require_space(step.folder, step.disk, f"{step.kind} {step.name}")
         facts = STAGES[step.kind](plan, step)
+        require(plan.home, step.folder.name)
     except OSError as error:
         raise world(error, step.folder) from error
     cost = with_shares(step.folder, meter.cost()) | counted(plan, step)
@@ -297,9 +300,9 @@ def _map(plan: Plan, step: Step) -> dict[str, Any]:
         source_size=sizes[0],
         target_size=sizes[1],
     )
-    partial = step.folder / ".map.npz"
-    sparse.save_npz(partial, found)
-    partial.replace(step.folder / "map.npz")
+    unfinished = step.folder / ".map.npz"
+    sparse.save_npz(unfinished, found)
+    unfinished.replace(step.folder / "map.npz")
     mapped = int((found.sum(axis=1) > 0).sum())
     return {"source_tokens": found.shape[0], "mapped": mapped, "pair": pair}
 
@@ -356,21 +359,22 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
         },
     }
     if train.lora:
-        from fusion.lora import adapter_weights, require
+        from fusion import lora
         from fusion.models import skeleton
 
         # Before any process starts, so that both are told in a sentence.
-        require()
+        lora.require()
         where = f"variants.{step.rows[0]}.train"
-        trained = adapter_weights(skeleton(job["init"]), train.lora, where)
+        trained = lora.adapter_weights(skeleton(job["init"]), train.lora, where)
     write_json(step.folder / "job.json", job)
+    own = partial(require, plan.home, step.folder.name)
     if _launches(plan):
-        launch(step.folder / "job.json", machine.processes, machine.hosts)
+        launch(step.folder / "job.json", machine.processes, machine.hosts, own)
         facts: dict[str, Any] = {"processes": machine.processes, "hosts": machine.hosts}
     else:
         from fusion.training import train as run
 
-        facts = dict(run(job))
+        facts = dict(run(job, own))
     facts |= {"budget_flops": flops} if flops else {}
     facts |= {"trained_weights": trained, "peft": version("peft")} if train.lora else {}
     if train.fuse is None:
@@ -420,6 +424,7 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
         pad=section.pad,
         rows=[*section.inputs, *([section.base] if section.base else [])],
         statistics=[plan.steps[i].folder for i in step.content.get("statistics", ())],
+        models=[plan.identities[row] for row in section.inputs],
     )
 
 

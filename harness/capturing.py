@@ -13,7 +13,7 @@ from typing import Any
 
 from harness import mirror
 from harness.costs import Meter
-from harness.locks import owned
+from harness.locks import owned, require
 from harness.plan import Plan, Step
 from harness.progress import bar, working
 from harness.samples import LEDGER, spend, spent
@@ -33,6 +33,11 @@ def capture_step(plan: Plan, step: Step) -> dict[str, Any]:
         model, tokenizer, header = _opened(plan, step)
         template = step.content.get("template", "own")
         with bar(f"{step.name} · distributions, blocks", len(blocks)) as progress:
+
+            def told(done: int) -> None:
+                require(plan.home, step.folder.name)
+                progress(done)
+
             store = capture(
                 model,
                 tokenizer,
@@ -40,7 +45,7 @@ def capture_step(plan: Plan, step: Step) -> dict[str, Any]:
                 step.folder,
                 step.content["top_k"],
                 header,
-                progress,
+                told,
                 template,
             )
     return {"blocks": len(store), "positions": sum(e["positions"] for e in store.index)}
@@ -73,13 +78,15 @@ def capture_share(plan: Plan, step: Step, share: int, shares: int) -> None:
         write_header(model, step.folder, k, header)
         done = 0
         for chunk in own:
-            with owned(plan.home, f"{step.folder.name}.blocks-{chunk.start}"):
+            lock = f"{step.folder.name}.blocks-{chunk.start}"
+            with owned(plan.home, lock):
                 meter = Meter(int(model.device.type == "cuda"))
                 todo = left(chunk)
                 for number in todo:
                     capture_block(
                         model, tokenizer, blocks[number], step.folder, number, k, template
                     )
+                    require(plan.home, lock)
                     done += 1
                     progress(done)
                 if todo:

@@ -138,7 +138,9 @@ def build(
 def join(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Train with the host that runs this recipe, on each other one of its `machine.hosts`.
 
-    All hosts share the store at the same path. Ends when that host has built all.
+    All hosts share the store at the same path, and have the same versions. Ends when all is
+    trained or that host no longer runs, or after ten minutes in which none did. The exit code is 0
+    if all is trained, or else by the last training that it had a part in.
     """
     from harness.hosts import join as train_with
 

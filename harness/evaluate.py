@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from harness import mirror
 from harness.asking import ask, read_as, record, times
 from harness.costs import Meter, counting, flops, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
-from harness.locks import owned
+from harness.locks import owned, require
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say, working
@@ -315,8 +315,9 @@ def answer(
                     continue
                 mirror.bring(part(folder, pack.label["pack"]))
                 if problem(folder, pack.label):
-                    _measure_pack(folder, pack, loaded.protocol, lm, counters)
-                mirror.send(part(folder, pack.label["pack"]))
+                    still = partial(require, folder.parent.parent, lock)
+                    _measure_pack(folder, pack, loaded.protocol, lm, counters, still)
+                    mirror.send(part(folder, pack.label["pack"]))
             finished += len(pack.items)
             progress(finished)
 
@@ -327,12 +328,19 @@ def unfinished(step: Step, loaded: Loaded, shard: int = 0, shards: int = 1) -> b
 
 
 def _measure_pack(
-    folder: Path, pack: Pack, protocol: str, lm: Any, counters: Sequence[FlopCounter]
+    folder: Path,
+    pack: Pack,
+    protocol: str,
+    lm: Any,
+    counters: Sequence[FlopCounter],
+    still: Callable[[], None],
 ) -> None:
+    """Ask what a pack asks and write it down; still: raises if it is another's by then."""
     meter, before = Meter(gpus(counters, lm)), lm.forward_tokens
     how, told = read_as(lm, pack.items)
     counted = flops(counters)
     records = [record(item, found) | {"protocol": protocol} for item, found in ask(lm, pack.items)]
+    still()
     spend(
         folder,
         {

@@ -6,7 +6,6 @@ builds, and where to meet while it trains. A host that joins does nothing but tr
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RecipeError, RunError
-from harness.launching import help_out
+from harness.launching import PATIENCE, help_out
 from harness.plan import Plan, plan
-from harness.progress import say, working
+from harness.progress import lives, say, signs, working
 from harness.recipe import Loaded, load
-from harness.status import lives
-from harness.store import home, url
+from harness.store import home, provenance, unlike, url
 
 GLANCE = 1.0  # seconds between two looks at what the host that runs says
 ABSENT = 5  # glances without its sign after which it is gone: a shared folder may miss a few
@@ -31,14 +29,15 @@ def calling(planned: Plan, recipe: str) -> AbstractContextManager[None]:
     """Say in the store, until this ends, that a recipe that several hosts train is built here."""
     if planned.recipe.machine.hosts == 1:
         return nullcontext()
-    return working(planned.home, _name(recipe))
+    return working(planned.home, _name(recipe), made_by=provenance())
 
 
 def join(reference: str, overrides: Sequence[str] = ()) -> int:
     """Train with the host that runs this recipe until it has built all; the exit code.
 
-    It may come earlier or later than that host, and again after it was interrupted. RecipeError if
-    the recipe is for one host.
+    It may come earlier or later than that host, and again after it was interrupted: 0 if all is
+    trained in the end, or the last training that it helped with. RecipeError if the recipe is for
+    one host; RunError if this one has other versions than the one that runs.
     """
     loaded = load(reference, overrides)
     if loaded.recipe.machine.hosts == 1:
@@ -47,26 +46,24 @@ def join(reference: str, overrides: Sequence[str] = ()) -> int:
             "or as many as there are, here and where the recipe runs"
         )
     refuse_objects(loaded)
-    code, glances, away, met, helped = 0, 0, 0, False, ""
+    code, away, met, helped, started = 1, 0, False, "", time.monotonic()
     while True:
         sign = _sign(home(), loaded.name)
         if sign is None:
             away += 1
-            if met and away > ABSENT:
-                say(f"{loaded.name}: built, or no longer run; nothing is left to join")
-                return code
-            if not met and glances % LOOK == 0 and not _left(loaded):
-                say(f"{loaded.name}: all is trained; nothing is left to join")
-                return code
-            if not met and glances == 0:
+            over = away > ABSENT if met else time.monotonic() - started > PATIENCE
+            if over or (not met and away % LOOK == 1 and not _left(loaded)):
+                return _ended(loaded, met, code)
+            if not met and away == 1:
                 say(f"waiting for `kfuse run {reference}` on the store {home()}")
-            glances += 1
         else:
             away, met = 0, True
+            if unfit := unlike(sign["made_by"]):
+                raise RunError(unfit)
             call = sign.get("training")
             if call and call["id"] != helped:
                 helped = call["id"]
-                code = max(code, _help(call))
+                code = _help(call)
         time.sleep(GLANCE)
 
 
@@ -79,6 +76,22 @@ def refuse_objects(loaded: Loaded) -> None:
         )
 
 
+def _ended(loaded: Loaded, met: bool, code: int) -> int:
+    """Say how it stands where nobody runs a recipe, or is met at all; the exit code."""
+    left = _left(loaded)
+    if not left:
+        say(f"{loaded.name}: all is trained; nothing is left to join")
+        return 0
+    if met:
+        say(f"{loaded.name}: no longer run, and not trained: {', '.join(left)}; see `kfuse status`")
+    else:
+        say(
+            f"{loaded.name}: nobody has run it on the store {home()} for {PATIENCE // 60} minutes; "
+            "join again when it is run (`kfuse status` tells what has failed)"
+        )
+    return code
+
+
 def _name(recipe: str) -> str:
     return f"hosts-{recipe}"
 
@@ -88,21 +101,15 @@ def _sign(store: Path, recipe: str) -> dict[str, Any] | None:
 
     Of two that run it one has the lock, and the other waits.
     """
-    found = []
-    for path in sorted((store / "running").glob(f"{escape(_name(recipe))}.*.json")):
-        try:
-            sign = json.loads(path.read_text())
-            if sign["folder"] == _name(recipe) and lives(sign):
-                found.append(sign)
-        except (OSError, ValueError, KeyError):
-            continue
+    name = _name(recipe)
+    found = [s for s in signs(store, f"{escape(name)}.*") if s["folder"] == name and lives(s)]
     return next((sign for sign in found if sign.get("training")), found[0] if found else None)
 
 
-def _left(loaded: Loaded) -> bool:
-    """Whether a target is still to be trained."""
+def _left(loaded: Loaded) -> list[str]:
+    """The targets that are still to be trained."""
     planned = plan(loaded.recipe, home())
-    return any(step.kind == "train" and not step.done for step in planned.builds())
+    return [step.name for step in planned.builds() if step.kind == "train" and not step.done]
 
 
 def _help(call: dict[str, Any]) -> int:

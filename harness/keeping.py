@@ -17,7 +17,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness import mirror
-from harness.locks import owned
+from harness.locks import owned, require
 from harness.plan import Plan, Step
 from harness.progress import say
 from harness.store import read_manifest, require_space, world, write_json
@@ -64,6 +64,7 @@ def _keep(plan: Plan, row: str, step: Step, bits: float | str) -> None:
         kept = None
     if not kept:
         manifest["kept"] = _compressed(plan, row, step.folder, bits)
+        require(plan.home, step.folder.name)
         write_json(step.folder / "manifest.json", manifest)
         say(f"{row}: {told(manifest['kept'])}")
 

@@ -4,7 +4,8 @@ A lock is a file in `running/` that its owner renews. Whoever finds one waits, a
 its owner is gone: at once if that was a process of this machine, never while it is suspended, else
 when the file has not been renewed for a minute by the clock of the one who waits, since clocks of
 machines differ. A file is created exclusively, which folders shared by NFS, Lustre or SMB grant,
-too. In an object store it is an object (`harness.objects`).
+too; in an object store it is an object (`harness.objects`). An owner that was silent for so long
+and goes on finds another's lock: it asks before it seals what it made, and fails.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness import objects
-from harness.progress import BEAT, say
-from harness.store import world
+from harness.progress import BEAT, LOST, say
+from harness.store import clock, world
 
-LOST = 12 * BEAT  # seconds without a sign after which an owner elsewhere is taken for gone
 LOOK = 0.2  # seconds between two looks of one who waits
 FAR = 2.0  # the same, at an object store
 
 Look = tuple[str, int | str]  # what a lock says, and what changes when it is renewed
+_held: dict[Path, dict[str, Any]] = {}  # what this process has locked, and how it signed
+
+
+class Lost(RunError):
+    """A lock was taken away from its owner: what it worked on is another's now."""
 
 
 @contextmanager
@@ -46,12 +51,28 @@ def owned(home: Path, name: str, wait: bool = True) -> Iterator[bool]:
     over = threading.Event()
     thread = threading.Thread(target=_renew, args=(path, sign, over), daemon=True)
     thread.start()
+    _held[path] = sign
     try:
         yield True
     finally:
+        if _held.get(path) is sign:
+            del _held[path]
         over.set()
         thread.join()
         _give_back(path, sign)
+
+
+def require(home: Path, name: str) -> None:
+    """Lost, if the lock that this process holds was taken away; nothing if it holds none.
+
+    Whoever holds one for long asks before it writes what would overwrite another's work.
+    """
+    path = home / "running" / f"{name}.lock"
+    if path in _held and _is_of(path, _held[path]) is False:
+        raise Lost(
+            f"{name}: lost its lock to another process, which goes on with it; this one gave no "
+            f"sign for {LOST:.0f} s or more (was it suspended, or cut off from the store?)"
+        )
 
 
 def _sign() -> dict[str, Any]:
@@ -176,7 +197,7 @@ def _take_away(path: Path, seen: Look) -> None:
         guard.touch(exist_ok=False)
     except FileExistsError:
         with suppress(OSError):
-            if time.time() - guard.stat().st_mtime > LOST:  # a remover died at it
+            if clock(guard.parent) - guard.stat().st_mtime > LOST:  # a remover died at it
                 guard.unlink()
         return
     except OSError as error:
@@ -188,20 +209,32 @@ def _take_away(path: Path, seen: Look) -> None:
         guard.unlink(missing_ok=True)
 
 
+def _is_of(path: Path, sign: dict[str, Any]) -> bool | None:
+    """Whether a lock is still this owner's; None if it cannot be read for now."""
+    try:
+        return (_owner(_said(path)) or {}).get("token") == sign["token"]
+    except FileNotFoundError:
+        return False
+    except (OSError, RunError):  # a network may come again
+        return None
+
+
 def _renew(path: Path, sign: dict[str, Any], over: threading.Event) -> None:
+    """Renew a lock for as long as it is this owner's: another's must not seem alive."""
     while not over.wait(BEAT):
-        with suppress(OSError, RunError):  # a network may come again
-            if objects.name_of(path):
-                objects.renew(path, sign["token"])
-            else:
+        if _is_of(path, sign):
+            with suppress(OSError, RunError):
+                if objects.name_of(path):
+                    objects.renew(path, sign["token"])
+                    continue
                 os.utime(path)
 
 
 def _give_back(path: Path, sign: dict[str, Any]) -> None:
     """Remove the lock, unless it was taken away meanwhile and is another's."""
-    with suppress(OSError, RunError):
-        if (_owner(_said(path)) or {}).get("token") == sign["token"]:
+    if _is_of(path, sign):
+        with suppress(OSError, RunError):
             objects.remove(path) if objects.name_of(path) else path.unlink()
 
 
-__all__ = ["LOST", "owned"]
+__all__ = ["LOST", "Lost", "owned", "require"]

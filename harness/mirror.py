@@ -12,6 +12,7 @@ later.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import uuid
@@ -24,6 +25,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness import objects
+from harness.locks import Lost, require
 from harness.objects import hidden, name_of
 from harness.store import home, url, write_json
 
@@ -132,6 +134,8 @@ def _take(fs: Any, root: str, there: Mapping[str, dict[str, Any]]) -> None:
             if path.stat().st_size != size:
                 raise OSError(f"{path.stat().st_size} of {size} bytes of {name} came")
         for name, path in partial.items():
+            if name.startswith("running/"):  # how old a sign is, its file says
+                os.utime(path, (objects.changed(there[name]),) * 2)
             state = _state(path)
             path.replace(home() / name)
             notes[name] = (state or [], objects.tag(there[name]))
@@ -217,7 +221,8 @@ def remove(path: Path) -> None:
 def sending(folder: Path) -> Iterator[None]:
     """Send a folder's files each minute while this lasts, and what is there in the end.
 
-    A machine that is lost then loses a minute's work. RunError if the end cannot be sent.
+    A machine that is lost then loses a minute's work. RunError if the end cannot be sent, or the
+    folder's lock was lost, after which nothing is sent.
     """
     if name_of(folder) is None:
         yield
@@ -230,7 +235,10 @@ def sending(folder: Path) -> Iterator[None]:
         told = ""
         while not over.wait(EVERY):
             try:
+                require(home(), folder.name)
                 send(folder)
+            except Lost:
+                return
             except RunError as error:
                 if not told:
                     say(f"{error} (tried again each minute)")
@@ -243,10 +251,12 @@ def sending(folder: Path) -> Iterator[None]:
     except BaseException:
         over.set()
         with suppress(RunError):
+            require(home(), folder.name)
             send(folder)
         raise
     over.set()
     thread.join()
+    require(home(), folder.name)
     send(folder)
 
 

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from harness.store import home, url, world
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _PACKAGES |= dict.fromkeys(("abfs", "abfss", "az"), "adlfs")
 # Where backends tell an object from an older one of its name: hashes, generations, times.
-_TAGS = "ETag etag generation md5 content_md5 mtime LastModified last_modified updated created"
+_TIMES = "mtime LastModified last_modified updated created"
+_TAGS = f"ETag etag generation md5 content_md5 {_TIMES}"
 _exclusive: set[str] = set()  # stores that were found to create exclusively
 _guards: dict[str, float] = {}  # what keeps others from a lock, and when it was first seen
 
@@ -131,6 +133,14 @@ def delete(fs: Any, root: str, name: str) -> None:
 def tag(info: Mapping[str, Any]) -> list[Any]:
     """An object's size, and what tells it from an older one of its name."""
     return [info["size"], next((str(info[name]) for name in _TAGS.split() if info.get(name)), "")]
+
+
+def changed(info: Mapping[str, Any]) -> float:
+    """When an object was written, by the store's clock; now, if that is not said."""
+    found = next((info[name] for name in _TIMES.split() if info.get(name)), time.time())
+    if isinstance(found, str):
+        found = datetime.fromisoformat(found)
+    return found.timestamp() if isinstance(found, datetime) else float(found)
 
 
 def hidden(name: str) -> bool:

@@ -6,6 +6,7 @@ from which `kfuse status` tells in another terminal, or on another machine, what
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -18,10 +19,12 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness import objects
-from harness.store import write_json
+from harness.store import clock, write_json
 
 BEAT = 5.0  # seconds between two signs of life
+LOST = 12 * BEAT  # seconds without a sign after which whoever is elsewhere is taken for gone
 _at: dict[str, Any] = {}  # how far the work is that this process has in hand, and what is said
+_writers: list[Callable[[], None]] = []  # of the signs that this process leaves
 
 
 def say(text: str) -> None:
@@ -70,45 +73,90 @@ def _counted(total: int, told: Callable[[int], None]) -> Callable[[int], None]:
 
 @contextmanager
 def saying(**facts: Any) -> Iterator[None]:
-    """Add facts to what this process says of its work in the store, for as long as this lasts."""
+    """Add facts to what this process says of its work in the store, for as long as this lasts.
+
+    They are there, and gone, at once, not with the next sign of life.
+    """
     _at.update(facts)
     try:
+        _write_signs()
         yield
     finally:
         for name in facts:
             _at.pop(name, None)
+        _write_signs()
+
+
+def _write_signs() -> None:
+    for write in list(_writers):
+        write()
 
 
 @contextmanager
-def working(home: Path, folder: str) -> Iterator[None]:
-    """Say in the store that this process works on a folder, for as long as it does.
+def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
+    """Say in the store that this process works on a folder, and facts, for as long as it does.
 
     A disk that takes no more does not stop the work: then only the sign is missing.
     """
     path = home / "running" / f"{folder}.{socket.gethostname()}.{os.getpid()}.json"
-    facts = {"folder": folder, "host": socket.gethostname(), "pid": os.getpid()}
+    facts |= {"folder": folder, "host": socket.gethostname(), "pid": os.getpid()}
     facts |= {"since": time.time()}
-    over = threading.Event()
+    over, alone = threading.Event(), threading.Lock()
     _at.clear()
+
+    def write() -> None:
+        with alone, suppress(OSError, RunError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, facts | _at | {"seen": time.time()})
+            if objects.name_of(path):
+                objects.write(path, path.read_text())
 
     def beat() -> None:
         while True:
-            with suppress(OSError, RunError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, facts | _at | {"seen": time.time()})
-                if objects.name_of(path):
-                    objects.write(path, path.read_text())
+            write()
             if over.wait(BEAT):
                 return
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
+    _writers.append(write)
     try:
         yield
     finally:
+        _writers.remove(write)
         over.set()
         thread.join()
         with suppress(OSError, RunError):
             path.unlink(missing_ok=True)
             if objects.name_of(path):
                 objects.remove(path)
+
+
+def signs(home: Path, names: str = "*") -> list[dict[str, Any]]:
+    """What those who work on a store say; names: a pattern of what they work on.
+
+    `age` is added: the seconds since a sign was written, by the clock that stamps the store's
+    files, for those of machines differ. One that is being written is read next time.
+    """
+    found = []
+    for path in sorted((home / "running").glob(f"{names}.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            sign = json.loads(path.read_text())
+            found.append((path.stat().st_mtime, sign | {"folder": str(sign["folder"])}))
+    now = clock(home / "running") if found else 0.0
+    return [sign | {"age": now - written} for written, sign in found]
+
+
+def lives(sign: dict[str, Any]) -> bool:
+    """Whether a sign is fresh, and its process is there if it is one of this machine."""
+    if float(sign["age"]) > LOST:
+        return False
+    if sign["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(sign["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

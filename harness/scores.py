@@ -20,6 +20,7 @@ from harness.costs import written
 from harness.evaluate import Item, Loaded, metric_name, packs
 from harness.hashing import definition_hash
 from harness.judging import judge, judge_key, reached, sentence
+from harness.locks import require
 from harness.plan import Plan, Step
 from harness.progress import bar
 from harness.recipe import Recipe
@@ -65,6 +66,7 @@ def score(plan: Plan, step: Step, loaded: Loaded) -> None:
     if frame["counts"].isna().all():  # no metric of a corpus
         frame = frame.drop(columns="counts")
     frame = frame.astype({"value": "float64", "weight": "float64", "doc_id": "int64"})
+    require(plan.home, folder.name)
     path = folder / SCORES
     partial = beside(path)
     try:

@@ -7,16 +7,12 @@ each row and suite.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.locks import LOST
+from harness.progress import lives, signs
 from harness.store import read_manifest
 
 if TYPE_CHECKING:
@@ -43,7 +39,9 @@ def jobs(plan: Plan, steps: Sequence[Step]) -> list[Job]:
     A step that is not done is expected to take what finished ones like it took on average: of its
     kind, a measurement of its suite.
     """
-    signs = _signs(plan.home)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sign in signs(plan.home):
+        found.setdefault(sign["folder"], []).append(sign)
     took: dict[tuple[str, str], list[float]] = {}
     manifests = {step.identity: read_manifest(step.folder) for step in steps}
     for step in steps:
@@ -54,7 +52,7 @@ def jobs(plan: Plan, steps: Sequence[Step]) -> list[Job]:
     for step in steps:
         known = took.get(_like(step), [])
         expected = sum(known) / len(known) if known else None
-        out.append(_job(plan, step, manifests[step.identity], signs, expected))
+        out.append(_job(plan, step, manifests[step.identity], found, expected))
     return out
 
 
@@ -96,33 +94,6 @@ def needs(plan: Plan, step: Step) -> list[str]:
     return [need for need in step.needs if need in plan.steps]
 
 
-def _signs(home: Path) -> dict[str, list[dict[str, Any]]]:
-    """What those who work leave in the store, by folder; one being written is read next time."""
-    out: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((home / "running").glob("*.json")):
-        try:
-            sign = json.loads(path.read_text())
-            out.setdefault(str(sign["folder"]), []).append(sign)
-        except (OSError, ValueError, KeyError):
-            continue
-    return out
-
-
-def lives(sign: dict[str, Any]) -> bool:
-    """Whether a sign is fresh, and its process is there if it is one of this machine."""
-    if time.time() - float(sign["seen"]) > LOST:
-        return False
-    if sign["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(int(sign["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _where(sign: dict[str, Any]) -> str:
     minutes = (float(sign["seen"]) - float(sign["since"])) / 60
     far = f"{sign['done']} of {sign['total']}, " if sign.get("total") else ""
@@ -131,7 +102,7 @@ def _where(sign: dict[str, Any]) -> str:
 
 def _left(signs: Sequence[dict[str, Any]], expected: float | None) -> float | None:
     """Seconds until running work is over: by how far it is, else by what like work took."""
-    spent = max(time.time() - float(sign["since"]) for sign in signs)
+    spent = max(float(s["seen"]) - float(s["since"]) + s["age"] for s in signs)
     done = sum(sign.get("done", 0) for sign in signs)
     if done:
         total = sum(sign.get("total", 0) for sign in signs)

@@ -20,7 +20,7 @@ VERSIONS = {
     "train": 2,
     "budget": 1,
     "statistics": 1,
-    "merge": 4,
+    "merge": 5,
     "evaluate": 3,
 }
 

@@ -12,7 +12,10 @@ import json
 import os
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -78,6 +81,22 @@ def write_text(path: Path, text: str) -> None:
         raise world(error, path) from error
 
 
+def clock(folder: Path) -> float:
+    """The time by the clock that stamps a folder's files: on a shared one the file server's.
+
+    This machine's own where the folder takes no file.
+    """
+    path = beside(folder / f"clock.{threading.get_ident()}")
+    try:
+        path.touch()
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
 def finish(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest, which makes the folder count."""
     write_json(folder / "manifest.json", {**content, **provenance()})
@@ -88,6 +107,18 @@ def provenance() -> dict[str, Any]:
     """Package versions and this project's commit, for manifests."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {"packages": versions | {"kfuse": metadata.version("kfuse")}, "commit": _commit()}
+
+
+def unlike(made_by: Mapping[str, Any]) -> str | None:
+    """Why what is made here would not be what is made by those versions; None if it would."""
+    own, wanted = (
+        {"commit": one["commit"] or unknown["commit"]} | one["packages"]  # None outside a checkout
+        for one, unknown in ((provenance(), made_by), (made_by, provenance()))
+    )
+    differ = [f"{k} {own.get(k)} in place of {v}" for k, v in wanted.items() if own.get(k) != v]
+    if not differ:
+        return None
+    return f"{socket.gethostname()}: has {', '.join(differ)}; install the same versions everywhere"
 
 
 def _commit() -> str | None:

@@ -93,7 +93,7 @@ def _settle(setting: Setting) -> None:
 
 def _unfit(setting: Setting, host: str) -> str | None:
     """Why what is made here would not be what the command makes."""
-    from harness.store import provenance
+    from harness.store import unlike
 
     try:
         seen = _seen(setting.sign)
@@ -104,14 +104,7 @@ def _unfit(setting: Setting, host: str) -> str | None:
             f"{host}: does not see the store {setting.sign.parent.parent}; set KFUSE_HOME to a "
             "folder that all nodes have under the same path"
         )
-    own, wanted = (
-        {"commit": one["commit"] or unknown["commit"]} | one["packages"]  # None outside a checkout
-        for one, unknown in ((provenance(), setting.made_by), (setting.made_by, provenance()))
-    )
-    differ = [f"{k} {own.get(k)} in place of {v}" for k, v in wanted.items() if own.get(k) != v]
-    if not differ:
-        return None
-    return f"{host}: has {', '.join(differ)}; install the same versions on every node"
+    return unlike(setting.made_by)
 
 
 def _seen(sign: Path) -> bool:

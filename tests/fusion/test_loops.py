@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -56,15 +57,27 @@ def test_what_is_dropped_follows_from_the_draws(
 ) -> None:
     model, ground = arrays(size, real, seed, 2)
     key, stream, start = np.uint64(seed), np.uint64(seed ^ 0x5DEECE66D123), 4 * start
-    out = np.full_like(model, 7)
-    loops.drop(out, model, ground, 0.3, key, stream, start)
+    out, ones, bounds = np.full_like(model, 7), np.ones(1, real), np.array([0.3 * 2**32], np.uint32)
+    draws = (start, bounds, np.array([key]), np.array([stream]), 2 * ones)
+    selection = (None, 0 * ones, np.array([-1]))
+    loops.combine(
+        out, (model,), ground, *selection, draws, ones, ones, 0, *ones, *ones, *ones, None
+    )
     words = [
         philox([n % 2**32, n >> 32, int(stream) % 2**32, int(stream) >> 32],
                [int(key) % 2**32, int(key) >> 32])
         for n in range(start // 4, start // 4 + (size + 3) // 4)
     ]  # fmt: skip
     kept = np.array(words, dtype=float).reshape(-1)[:size] < 0.3 * 2**32
-    assert np.array_equal(out, np.where(kept, model - ground, 0).astype(real))
+    assert np.array_equal(out, np.where(kept, 2 * (model - ground), 0).astype(real))
+
+
+def selected(change: np.ndarray, rank: np.ndarray | None, least: float, room: int) -> np.ndarray:
+    """τ' of what has at least that rank, of equal ones the first."""
+    place = abs(change) if rank is None else rank
+    equal = place == least
+    late = equal & (equal.cumsum() > room) if room >= 0 else np.zeros_like(equal)
+    return np.where((place < least) | late, 0, change)
 
 
 @LAWS
@@ -76,9 +89,17 @@ def test_what_is_dropped_follows_from_the_draws(
     ranked=st.booleans(),
     elect=st.sampled_from([-1, 0, 1]),
     onto=st.booleans(),
+    rooms=st.lists(st.sampled_from([-1, 0, 1, 5, 400]), min_size=2, max_size=2),
 )
 def test_sums_and_elections(
-    size: int, real: type, seed: int, least: float, ranked: bool, elect: int, onto: bool
+    size: int,
+    real: type,
+    seed: int,
+    least: float,
+    ranked: bool,
+    elect: int,
+    onto: bool,
+    rooms: list[int],
 ) -> None:
     one, two, ground, rank, base = arrays(size, real, seed, 5)
     leasts, weights, votes = np.array([[least, 1], [1, 0.5], [0.25, 1]], real)
@@ -86,12 +107,12 @@ def test_sums_and_elections(
     floor, otherwise, scale = np.array([0.6, 3, 0.75], real)
     given_rank, given_base = rank if ranked else None, base if onto else None
     loops.combine(
-        out, (one, two), ground, given_rank, leasts, weights, votes, elect,
+        out, (one, two), ground, given_rank, leasts, np.array(rooms), None, weights, votes, elect,
         floor, otherwise, scale, given_base,
     )  # fmt: skip
     kept = [
-        np.where((rank if ranked else abs(model - ground)) < smallest, 0, model - ground)
-        for model, smallest in zip((one, two), leasts, strict=True)
+        selected(model - ground, given_rank, *which)
+        for model, *which in zip((one, two), leasts, rooms, strict=True)
     ]
     total = kept[0] * votes[0] + kept[1] * votes[1]
     if elect:
@@ -109,14 +130,16 @@ def test_sums_and_elections(
 @given(size=SIZES, real=REALS, seed=st.integers(0, 10**6), count=st.integers(1, 3))
 def test_reductions(size: int, real: type, seed: int, count: int) -> None:
     *models, ground, extra = arrays(size, real, seed, count + 2)
-    chosen = extra > 0
     wide = np.array(models, float)
     changes = wide - ground.astype(float)
     close = pytest.approx
-    assert loops.products(tuple(models), None, None) == close(wide @ wide.T)
-    assert loops.products(tuple(models), ground, None) == close(changes @ changes.T)
-    some = changes[:, chosen]
-    assert loops.products(tuple(models), ground, chosen) == close(some @ some.T)
+    assert loops.products(tuple(models), None) == close(wide @ wide.T)
+    assert loops.products(tuple(models), ground) == close(changes @ changes.T)
+    for rank in (None, extra):
+        leasts, rooms = np.full(count, 1 / 3, real), np.full(count, seed % 9 - 1)
+        some = [selected(m - ground, rank, leasts[0], rooms[0]).astype(float) for m in models]
+        found = loops.squares(tuple(models), ground, rank, leasts, rooms)
+        assert found == close(np.square(some).sum(1))
     out = np.empty_like(ground)
     loops.variance(out, tuple(models))
     assert out == close(wide.var(0) * count, abs=1e-6 if real == np.float32 else 1e-14)
@@ -125,18 +148,44 @@ def test_reductions(size: int, real: type, seed: int, count: int) -> None:
     assert np.array_equal(out, abs(models[0] - ground))
     low, high = real(1 / 3), real(1)
     inside = np.empty(size + 1, real)
-    *counts, between = loops.count(out, low, high, inside)
+    *counts, between = loops.count(models[0], ground, low, high, inside)
+    assert loops.count(out, None, low, high, inside) == (*counts, between)
     assert counts == [(out > 0).sum(), (out > high).sum()]
     assert np.array_equal(inside[:between], out[(out >= low) & (out <= high)])
+
+
+@LAWS
+@given(
+    width=st.sampled_from([1, 31, 32, 65, 300]),
+    height=st.integers(0, 5),
+    real=REALS,
+    seed=st.integers(0, 10**6),
+    rows=st.booleans(),
+)
+def test_columns(width: int, height: int, real: type, seed: int, rows: bool) -> None:
+    *models, ground = arrays(width * height, real, seed, 3)
+    wide = np.array([*models, ground], float).reshape(3, height, width)
+    over = 2 if rows else 1
+    squares, inner = loops.columns(tuple(models), ground, width, rows)
+    assert squares == pytest.approx((wide * wide).sum(over))
+    assert inner == pytest.approx((wide * wide[2]).sum(over))
+    weights = np.array(arrays(height if rows else width, real, seed + 1, 2))
+    out = np.empty_like(ground)
+    loops.weigh(out, tuple(models), ground, weights, width, rows)
+    spread = weights[:, :, None] if rows else weights[:, None, :]
+    changes = np.array(models).reshape(2, height, width) - ground.reshape(height, width)
+    expected = (changes[0] * spread[0] + changes[1] * spread[1]).reshape(-1) + ground
+    assert np.array_equal(out, expected)
 
 
 def test_what_is_no_number_shows() -> None:
     model, ground = np.array([np.nan, 1], np.float32), np.zeros(2, np.float32)
     ones, out = np.ones(1, np.float32), np.zeros(2, np.float32)
-    for elect in (-1, 0, 1):
+    for elect, room in itertools.product((-1, 0, 1), (-1, 0, 3)):
         loops.combine(
-            out, (model,), ground, None, ones / 2, ones, ones, elect, *ones, *ones, *ones, ground
-        )
+            out, (model,), ground, None, ones / 2, np.array([room]), None, ones, ones, elect,
+            *ones, *ones, *ones, ground,
+        )  # fmt: skip
         assert np.isnan(out[0])
         assert out[1] == 1
 

@@ -222,6 +222,22 @@ def test_the_base_is_not_rounded_with_what_computes(run: Run, prepared: dict[str
     assert change[RANK] < 1e-4 * change[0] != 0
 
 
+def test_adapters_are_written_as_they_were_trained_and_not_as_they_computed(
+    run: Run, prepared: dict[str, Any]
+) -> None:
+    """After a step of Adam |B| is its rate, which bfloat16 would make larger by a thousandth."""
+    train, lora = TRAIN | {"dtype": "bfloat16"}, ADAPTERS | {"dropout": 0.0}
+    out = run(2, {"deepspeed": "zero2"}, train=train, lora=lora, fuse=None, sources=[], steps=1)
+    base, found = weights(Path(prepared["init"])), weights(out)
+    model = adapt(load_model(prepared["init"]), LoRA.model_validate(lora), prepared["seed"])
+    name = "model.layers.0.mlp.up_proj"
+    begins = model.get_base_model().get_submodule(name).lora_A["default"].weight.detach()
+    decayed = begins.bfloat16().double() * (1 - TRAIN["learning_rate"] * TRAIN["weight_decay"])
+    change = found[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+    b = change @ torch.linalg.pinv(decayed) / (lora["alpha"] / lora["rank"])
+    assert float(b.abs().median()) == pytest.approx(TRAIN["learning_rate"], rel=3e-4)
+
+
 @pytest.fixture(scope="module")
 def gpt2(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose matrices are kept transposed, on the tiny Llama's tokenizer."""

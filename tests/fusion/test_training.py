@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from scipy import sparse
 from transformers import TrainerState
 
+from fusion import training
 from fusion.corpus import pack, read_blocks, read_documents, write_blocks
 from fusion.distributions import capture
 from fusion.errors import RunError
@@ -395,6 +397,40 @@ def left(self, *args):
         os._exit(0)
 leaving.FusionTrainer._save_checkpoint = left
 """
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_training_whose_folder_is_another_s_writes_nothing_there(
+    prepared: dict[str, Any], tmp_path: Path, every: int
+) -> None:
+    def own() -> None:
+        raise RunError("it is another's")
+
+    with pytest.raises(RunError, match="another's"):
+        train(job(prepared, tmp_path, checkpoint_every=every), own)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_checkpoint_counts_when_all_processes_have_written(
+    prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def note(kind: type, name: str) -> None:
+        was = getattr(kind, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return was(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    note(training.FusionTrainer, "_save_rng_state")
+    note(Accelerator, "wait_for_everyone")
+    note(TrainerState, "save_to_json")
+    train(job(prepared, tmp_path, checkpoint_every=8))
+    last = done.index("save_to_json")
+    assert done[last - 2 : last] == ["_save_rng_state", "wait_for_everyone"]
 
 
 @pytest.mark.timeout(900)  # six times torch's and DeepSpeed's imports

@@ -11,7 +11,7 @@ from fusion.corpus import read_blocks
 from fusion.errors import RunError
 from fusion.flops import size, training
 from fusion.models import skeleton
-from harness.build import build, needed
+from harness.build import STAGES, build, needed
 from harness.plan import plan
 from harness.recipe import parse
 from harness.run import run
@@ -38,6 +38,24 @@ def test_parameters_that_only_the_method_refuses_leave_the_other_rows(home: Path
     assert reasons["later"] == reasons["refused"]
     assert reasons["refused"].startswith("merge refused failed: merge method linear: ")
     assert planned.steps[planned.identities["mean"]].done
+
+
+def test_a_step_whose_lock_was_taken_away_leaves_the_folder_to_another(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(parse(TEXT, "r"), home)
+    step = planned.steps[planned.identities["mean"]]
+    lock = home / "running" / f"{step.folder.name}.lock"
+
+    def slow(*_: object) -> dict:
+        lock.write_text('{"token": "of another"}')
+        return {}
+
+    monkeypatch.setitem(STAGES, "merge", slow)  # type: ignore[arg-type]
+    reasons = build(planned, ["mean"])
+    assert "lost its lock to another process, which goes on with it" in reasons["mean"]
+    assert not list(step.folder.iterdir())
+    assert lock.exists()
 
 
 BUDGET = """

@@ -17,7 +17,7 @@ import pytest
 
 from fusion.errors import RunError
 from harness import locks
-from harness.locks import owned
+from harness.locks import Lost, owned, require
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +114,24 @@ def test_a_lock_that_was_taken_away_is_not_given_back(tmp_path: Path) -> None:
     with owned(tmp_path, "one"):
         path = leave(tmp_path, token="another's")
     assert path.exists()
+
+
+def test_an_owner_whose_lock_was_taken_renews_it_no_more_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "BEAT", 0.02)
+    require(tmp_path, "one")  # holds none, and asks for none
+    with owned(tmp_path, "one"):
+        require(tmp_path, "one")
+        path = leave(tmp_path, token="another's")
+        before = path.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert path.stat().st_mtime_ns == before
+        with pytest.raises(Lost, match="one: lost its lock to another process, which goes on"):
+            require(tmp_path, "one")
+        path.unlink()  # the other has ended
+        with pytest.raises(Lost):
+            require(tmp_path, "one")
 
 
 def test_only_what_was_seen_is_removed(tmp_path: Path) -> None:

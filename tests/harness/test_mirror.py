@@ -18,11 +18,11 @@ from harness.build import build, make, model_folder
 from harness.capturing import capture_share
 from harness.hosts import join
 from harness.jobs import Job
+from harness.locks import Lost, owned
 from harness.plan import plan
-from harness.progress import working
+from harness.progress import lives, signs, working
 from harness.recipe import load, parse
 from harness.run import run
-from harness.status import _signs
 from harness.store import finish, home, read_manifest, write_json
 from harness.worker import Setting, do
 
@@ -308,6 +308,16 @@ def test_what_is_worked_on_is_sent_meanwhile_and_in_the_end(
     assert (there / "manifest.json").exists()
 
 
+def test_who_lost_a_folder_s_lock_sends_nothing_of_it(
+    store: Path, at: Callable[[str], Path]
+) -> None:
+    folder = made(at("first") / "models" / "one-00000000")
+    lock = home() / "running" / "one-00000000.lock"
+    with owned(home(), folder.name), pytest.raises(Lost), mirror.sending(folder):
+        objects.remove(lock)
+    assert not files(store)
+
+
 def test_a_mirror_belongs_to_one_store(
     store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,8 +422,12 @@ def test_signs_of_work_are_seen_from_elsewhere_and_go_again(
             pass
         second = at("second")
         mirror.learn(home())
-        assert list(_signs(second)) == ["one-00000000"]
+        assert [sign["folder"] for sign in signs(second)] == ["one-00000000"]
         at("first")
     at("second")
     mirror.learn(home())
-    assert _signs(second) == {}
+    assert signs(second) == []
+    objects.write(second / "running" / "two.json", '{"folder": "two", "host": "elsewhere"}')
+    os.utime(store / "running" / "two.json", (1e9, 1e9))
+    mirror.learn(home())
+    assert [lives(sign) for sign in signs(second)] == [False], "by when it was written there"

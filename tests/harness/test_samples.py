@@ -229,6 +229,25 @@ def test_costs_add_up_over_interruptions_and_engine_and_notes_stay(
     assert manifest["notes"] == Deterministic.notes
 
 
+def test_a_pack_whose_lock_was_taken_away_is_left_to_another(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, step = planned(tiny["llama"], tmp_path / "home")
+    loaded = load("tiny_choice", tmp_path, None, 17)
+    lm = Deterministic()
+
+    def slow(requests: list, **_: object) -> list:
+        for lock in (tmp_path / "home" / "running").glob("*.lock"):
+            lock.write_text('{"token": "of another"}')
+        return Deterministic().loglikelihood(requests)
+
+    monkeypatch.setattr(lm, "loglikelihood", slow)
+    with pytest.raises(RunError, match=r"pack-0: lost its lock to another process"):
+        answer(step, loaded, lm)
+    assert not parts(step.folder)
+    assert not spent(step.folder)
+
+
 def test_a_request_that_is_repeated_keeps_all_its_answers(
     tiny: dict[str, Path], tmp_path: Path
 ) -> None:

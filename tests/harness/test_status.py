@@ -15,10 +15,10 @@ import pytest
 
 from harness import progress
 from harness.plan import plan
-from harness.progress import bar, working
+from harness.progress import LOST, bar, working
 from harness.recipe import load
 from harness.run import asked
-from harness.status import LOST, Job, jobs, summary, table
+from harness.status import Job, jobs, summary, table
 from harness.steps import Plan
 from harness.store import finish, write_json
 
@@ -40,6 +40,11 @@ def sign(planned: Plan, folder: str, **facts: object) -> Path:
     content = {"folder": folder, "host": socket.gethostname(), "pid": os.getpid()}
     write_json(path, content | {"since": now - 60, "seen": now} | facts)
     return path
+
+
+def written_before(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
 
 
 def test_jobs_wait_for_what_they_stand_on(planned: Plan) -> None:
@@ -66,17 +71,20 @@ def test_a_finished_job_tells_how_long_others_like_it_will_take(planned: Plan) -
 
 
 @pytest.mark.parametrize(
-    ("facts", "state"),
+    ("facts", "age", "state"),
     [
-        ({}, "running"),
-        ({"seen": time.time() - 2 * LOST}, "lost"),
-        ({"host": "elsewhere", "pid": 1}, "running"),
-        ({"host": "elsewhere", "pid": 1, "seen": time.time() - 2 * LOST}, "lost"),
+        ({}, 0, "running"),
+        ({}, 2 * LOST, "lost"),
+        ({"host": "elsewhere", "pid": 1}, 0, "running"),
+        ({"host": "elsewhere", "pid": 1}, 2 * LOST, "lost"),
+        # By the clock of another machine, which is not this one's.
+        ({"host": "elsewhere", "pid": 1, "seen": time.time() - 2 * LOST}, 0, "running"),
+        ({"host": "elsewhere", "pid": 1, "seen": time.time() + 2 * LOST}, 2 * LOST, "lost"),
     ],
 )
-def test_a_sign_of_life_must_be_fresh(planned: Plan, facts: dict, state: str) -> None:
+def test_a_sign_of_life_must_be_fresh(planned: Plan, facts: dict, age: float, state: str) -> None:
     step = next(s for s in planned.builds() if s.kind == "fetch")
-    sign(planned, step.folder.name, **facts)
+    written_before(sign(planned, step.folder.name, **facts), age)
     assert states(planned)[f"fetch {step.name}"].state == state
 
 
