@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.hub import read_split
 from harness.locks import owned
 from harness.store import finish, identity, read_manifest, world
@@ -214,6 +215,7 @@ def prepare_data(names: Sequence[str], home: Path, data: Path | None = None) -> 
     if read_manifest(folder):
         return folder
     with owned(home, folder.name):
+        mirror.bring(folder)
         if not read_manifest(folder):
             folder.mkdir(parents=True, exist_ok=True)
             sets = {}
@@ -223,6 +225,7 @@ def prepare_data(names: Sequence[str], home: Path, data: Path | None = None) -> 
                 write_lines(path, documents)
                 sets[name] = {"from": place, "rows": len(documents), "sha256": _sha256(path)}
             finish(folder, {"kind": "data", "identity": key, "wheels": wheels, "sets": sets})
+            mirror.send(folder)
     return folder
 
 

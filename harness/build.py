@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 
 from fusion.errors import RecipeError, RunError, of_system
 from fusion.spec import Merge
+from harness import mirror
 from harness.capturing import capture_step, with_shares
 from harness.costs import Meter, budget, counted, written
+from harness.hashing import folder_hash
 from harness.launching import launch
 from harness.locks import Lost, owned, require
 from harness.plan import Plan, Step, inputs
@@ -32,6 +34,7 @@ from harness.store import (
     identity,
     read_manifest,
     require_space,
+    url,
     world,
     write_json,
 )
@@ -59,10 +62,12 @@ def make(plan: Plan, step: Step) -> str | None:
         with owned(plan.home, step.folder.name):
             with suppress(OSError):  # a shared folder may remember that a file was not there
                 os.listdir(step.folder)
+            mirror.learn(plan.home, step.folder)
             if step.done:
                 return None
-            (step.folder / "failed.json").unlink(missing_ok=True)
-            with working(plan.home, step.folder.name):
+            _bring(plan, step)
+            forget_failure(step)
+            with working(plan.home, step.folder.name), mirror.sending(step.folder):
                 _carry_out(plan, step)
     except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
         if not isinstance(error, Lost):  # else the folder is another's
@@ -72,11 +77,26 @@ def make(plan: Plan, step: Step) -> str | None:
     return None
 
 
+def _bring(plan: Plan, step: Step) -> None:
+    """Have here what there is of a step, and what it needs but for models, which may be large."""
+    mirror.bring(step.folder)
+    for need in step.needs:
+        other = plan.steps.get(need)
+        if other and other.kind not in ("fetch", "train", "merge"):
+            mirror.bring(other.folder)
+
+
 def note_failure(step: Step, reason: str) -> None:
     """Leave in a step's folder why it failed, for `kfuse status` and the next report."""
     with suppress(OSError, RunError):
         step.folder.mkdir(parents=True, exist_ok=True)
         write_json(step.folder / "failed.json", {"reason": reason})
+        mirror.send(step.folder / "failed.json")
+
+
+def forget_failure(step: Step) -> None:
+    """Take back why a step failed: it is tried again."""
+    mirror.remove(step.folder / "failed.json")
 
 
 def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
@@ -204,12 +224,18 @@ def _pack(plan: Plan, step: Step) -> dict[str, Any]:
     }
 
 
-def model_folder(plan: Plan, row: str) -> Path:
-    """The folder of a row's model."""
+def model_folder(plan: Plan, row: str, weights: bool = True) -> Path:
+    """The folder of a row's model.
+
+    weights: if False, no more need be there than its configuration and tokenizer.
+    """
     folder = plan.folders[row]
     if folder is None:
         what = "a repeat" if plan.recipe.variants[row].repeat else "an ensemble"
         raise RunError(f"{row}: {what} has no weights of its own")
+    if url() and not folder.is_dir() and not folder.is_relative_to(plan.home):
+        return _of_the_hub(plan, row, folder)
+    mirror.bring(folder, but=() if weights else mirror.WEIGHTS)
     manifest = read_manifest(folder)
     if manifest and "kept" in manifest:
         from harness.keeping import weights_again
@@ -217,6 +243,22 @@ def model_folder(plan: Plan, row: str) -> Path:
         weights_again(plan.home, row, folder)
     snapshot = (manifest or {}).get("facts", {}).get("snapshot")
     return Path(snapshot) if snapshot else folder
+
+
+def _of_the_hub(plan: Plan, row: str, elsewhere: Path) -> Path:
+    """A model of the hub that the machine of the command has, fetched here, too."""
+    from fusion.models import fetch
+
+    source = plan.recipe.sources[row]
+    if elsewhere == Path(source.path).expanduser():
+        raise RunError(f"sources.{row}.path: {source.path} is not on this machine")
+    found = fetch(source.path, source.revision)
+    if folder_hash(plan.home, found) != plan.identities[row]:
+        raise RunError(
+            f"sources.{row}: {found} is not what {elsewhere} is on the machine of the command; "
+            "give the source a `revision`, or both machines the same HF_HOME"
+        )
+    return found
 
 
 def _map(plan: Plan, step: Step) -> dict[str, Any]:
@@ -237,6 +279,7 @@ def _map(plan: Plan, step: Step) -> dict[str, Any]:
     for manifest in sorted(step.folder.parent.glob("map-*/manifest.json")):
         facts = (read_manifest(manifest.parent) or {}).get("facts", {})
         if facts.get("pair") == pair:
+            mirror.bring(manifest.with_name("map.npz"))
             shutil.copyfile(manifest.with_name("map.npz"), step.folder / "map.npz")
             return facts
     counts = None

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import mirror
 from harness.costs import Meter
 from harness.locks import owned, require
 from harness.plan import Plan, Step
@@ -62,6 +63,7 @@ def capture_share(plan: Plan, step: Step, share: int, shares: int) -> None:
     own = chunks[share::shares]
 
     def left(chunk: Sequence[int]) -> list[int]:
+        mirror.bring(step.folder, but=mirror.WEIGHTS)
         return [] if step.done else sorted(set(missing(step.folder, len(blocks))) & set(chunk))
 
     if not any(map(left, own)):
@@ -89,6 +91,7 @@ def capture_share(plan: Plan, step: Step, share: int, shares: int) -> None:
                     progress(done)
                 if todo:
                     spend(step.folder, {"pack": chunk.start, "tokens": 0, **meter.cost()})
+                    mirror.send(step.folder)
 
 
 def with_shares(folder: Path, cost: Mapping[str, Any]) -> dict[str, Any]:

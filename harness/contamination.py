@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from harness import mirror
 from harness.plan import Plan
 from harness.store import identity, write_json
 
@@ -89,6 +90,8 @@ def contamination(plan: Plan, prompts: dict[str, dict[str, Path]]) -> list[dict[
             key = identity([VERSION, N, protocol, sorted(step.identity for step in packs)])
             known = plan.home / "data" / f"overlap-{key[:16]}.json"
             if not known.exists():
+                for step in packs:
+                    mirror.bring(step.folder)
                 questions = pd.read_parquet(path, columns=["question"]).question.tolist()
                 texts = (t for s in packs for t in _texts(s.folder / "blocks.parquet"))
                 write_json(known, overlap(questions, texts))

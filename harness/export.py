@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.evaluate import write_as_lm_eval
 from harness.measuring import load_suite_data
 from harness.plan import Step
@@ -26,6 +27,7 @@ def export(runs: Sequence[Path], to: Path) -> list[Path]:
     """
     made: list[Path] = []
     for folder in runs:
+        mirror.bring(folder.absolute())
         try:
             manifest = Run.open(folder).manifest
         except (FileNotFoundError, ValueError) as error:

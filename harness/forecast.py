@@ -190,7 +190,7 @@ def _model(plan: Plan, row: str) -> tuple[Size, int] | None:
     from fusion.models import skeleton
     from harness.build import model_folder
 
-    folder = model_folder(plan, row)
+    folder = model_folder(plan, row, weights=False)
     if not (folder / "config.json").is_file():
         told = plan.recipe.sources[row].parameters
         return (Size(round(told), 0, 0), round(told)) if told else None
@@ -237,7 +237,7 @@ def _counter(plan: Plan, row: str) -> Any:
     from fusion.models import load_tokenizer
     from harness.build import model_folder
 
-    folder = model_folder(plan, row) if plan.folders[row] else None
+    folder = model_folder(plan, row, weights=False) if plan.folders[row] else None
     if folder is None or not (folder / "config.json").is_file():
         return lambda text: len(text.encode()) / 4
     tokenizer = load_tokenizer(folder)
@@ -332,7 +332,7 @@ def _unseen(plan: Plan, train: Train) -> bool:
     """Whether it trains adapters of a model whose matrices are not known before it is here."""
     from harness.build import model_folder
 
-    folder = model_folder(plan, root(plan.recipe, train.init))
+    folder = model_folder(plan, root(plan.recipe, train.init), weights=False)
     return train.lora is not None and not (folder / "config.json").is_file()
 
 

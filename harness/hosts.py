@@ -18,7 +18,7 @@ from harness.launching import PATIENCE, help_out
 from harness.plan import Plan, plan
 from harness.progress import lives, say, signs, working
 from harness.recipe import Loaded, load
-from harness.store import home, provenance, unlike
+from harness.store import home, provenance, unlike, url
 
 GLANCE = 1.0  # seconds between two looks at what the host that runs says
 ABSENT = 5  # glances without its sign after which it is gone: a shared folder may miss a few
@@ -45,6 +45,7 @@ def join(reference: str, overrides: Sequence[str] = ()) -> int:
             f"{loaded.name}: machine.hosts is 1, so nobody is waited for; say `machine.hosts=2`, "
             "or as many as there are, here and where the recipe runs"
         )
+    refuse_objects(loaded)
     code, away, met, helped, started = 1, 0, False, "", time.monotonic()
     while True:
         sign = _sign(home(), loaded.name)
@@ -64,6 +65,15 @@ def join(reference: str, overrides: Sequence[str] = ()) -> int:
                 helped = call["id"]
                 code = _help(call)
         time.sleep(GLANCE)
+
+
+def refuse_objects(loaded: Loaded) -> None:
+    """RecipeError if several hosts are to train in an object store, each with files of its own."""
+    if loaded.recipe.machine.hosts > 1 and url():
+        raise RecipeError(
+            f"machine.hosts: is {loaded.recipe.machine.hosts}, but hosts train together in a "
+            f"folder that they share, and KFUSE_HOME is {url()}; leave it out, or share a folder"
+        )
 
 
 def _ended(loaded: Loaded, met: bool, code: int) -> int:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.progress import bar
 from harness.recipe import Judge
 from harness.store import identity, write_json
@@ -149,8 +150,10 @@ def judge(
     twice = [p for p in prompts if _share(p) < section.again]
     wanted = [(p, 0) for p in prompts] + [(p, 1) for p in twice]
     at_once = section.at_once if section.endpoint else 1
-    with bar(label, len(wanted)) as progress:
-        said = _said(wanted, ask, home / "judgements" / key[:16], at_once, progress)
+    folder = home / "judgements" / key[:16]
+    mirror.bring(folder)
+    with bar(label, len(wanted)) as progress, mirror.sending(folder):
+        said = _said(wanted, ask, folder, at_once, progress)
     out = Verdicts()
     read = _reader(kind)
     for item, doc, answers in records:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.locks import owned, require
 from harness.plan import Plan, Step
 from harness.progress import say
@@ -32,15 +33,19 @@ def keep_rows(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
         assert keep
         try:
             with owned(plan.home, step.folder.name):  # another process may be at it
+                mirror.bring(step.folder)
                 _keep(plan, row, step, keep.bits)
+                mirror.send(step.folder)
         except (RunError, OSError) as error:
             reasons[row] = str(world(error, step.folder) if isinstance(error, OSError) else error)
     for row in rows:  # last: until here, all of it is there, also what another row is kept from
         folder = plan.steps[plan.identities[row]].folder
         if row not in reasons:
             with owned(plan.home, folder.name):
+                mirror.bring(folder)
                 for path in _weights(folder):
                     path.unlink()
+                mirror.send(folder)
     return reasons
 
 
@@ -120,6 +125,7 @@ def _texts(plan: Plan) -> list[str]:
     if not corpus.heldout:
         for step in plan.steps.values():
             if step.kind == "pack" and step.done:
+                mirror.bring(step.folder)
                 domains = step.content.get("domains")  # a piece's number is one among theirs
                 own = of_domains(documents, domains) if domains else documents
                 blocks = read_blocks(step.folder / "blocks.parquet")
@@ -210,6 +216,7 @@ def weights_again(
 def _base(home: Path, kept: Mapping[str, Any], above: tuple[Path, ...] = ()) -> Path:
     """The folder that a delta was taken from, with its weights, which may be kept themselves."""
     folder = home / kept["base_folder"]
+    mirror.bring(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: the base that the delta was taken from is not there")
     if folder in above:
@@ -235,7 +242,11 @@ def restore_to(home: Path, name: str, to: Path, base: Path | None = None) -> str
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to}: is there already; name a folder that is new or empty")
     folder = Path(name)
+    mirror.bring(folder.absolute())
     if not folder.is_dir():
+        mirror.learn(home)
+        for path in home.glob(f"models/{name}*"):
+            mirror.bring(path)
         found = sorted(p for p in home.glob(f"models/{name}*") if (p / "delta.json").exists())
         if len(found) != 1:
             listed = sorted(p.parent.name for p in home.glob("models/*/delta.json"))

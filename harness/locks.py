@@ -4,8 +4,8 @@ A lock is a file in `running/` that its owner renews. Whoever finds one waits, a
 its owner is gone: at once if that was a process of this machine, never while it is suspended, else
 when the file has not been renewed for a minute by the clock of the one who waits, since clocks of
 machines differ. A file is created exclusively, which folders shared by NFS, Lustre or SMB grant,
-too. An owner that was silent for so long and goes on finds another's lock: it asks before it seals
-what it made, and fails.
+too; in an object store it is an object (`harness.objects`). An owner that was silent for so long
+and goes on finds another's lock: it asks before it seals what it made, and fails.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness import objects
 from harness.progress import BEAT, LOST, say
 from harness.store import clock, world
 
 LOOK = 0.2  # seconds between two looks of one who waits
+FAR = 2.0  # the same, at an object store
+
+Look = tuple[str, int | str]  # what a lock says, and what changes when it is renewed
 _held: dict[Path, dict[str, Any]] = {}  # what this process has locked, and how it signed
 
 
@@ -90,6 +94,8 @@ def _space() -> str:
 
 def _taken(path: Path, sign: dict[str, Any]) -> bool:
     """Whether the lock was free and is now this owner's."""
+    if objects.name_of(path):
+        return objects.create(path, json.dumps(sign))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("x")
@@ -126,15 +132,22 @@ def _waited(path: Path, sign: dict[str, Any]) -> bool:
             owner = _owner(last[0])
             where = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
             say(f"{path.stem}: {where} is at it; waiting")
-        time.sleep(LOOK)
+        time.sleep(FAR if objects.name_of(path) else LOOK)
 
 
-def _look(path: Path) -> tuple[str, int] | None:
+def _look(path: Path) -> Look | None:
     """What a lock says and when it was renewed; None if there is none."""
     try:
+        if objects.name_of(path):
+            return objects.look(path)
         return path.read_text(), path.stat().st_mtime_ns
     except OSError:
         return None
+
+
+def _said(path: Path) -> str:
+    """What a lock says; OSError, RunError if it cannot be read."""
+    return objects.read(path) if objects.name_of(path) else path.read_text()
 
 
 def _owner(text: str) -> dict[str, Any] | None:
@@ -171,11 +184,14 @@ def _gone(text: str) -> bool | None:
         return None
 
 
-def _take_away(path: Path, seen: tuple[str, int]) -> None:
+def _take_away(path: Path, seen: Look) -> None:
     """Remove a lock that still is as it was seen: one remover at a time.
 
     Without that, a slow remover could remove the lock of an owner who came after the dead one.
     """
+    if objects.name_of(path):
+        objects.take_away(path, seen, LOST)
+        return
     guard = path.with_suffix(".free")
     try:
         guard.touch(exist_ok=False)
@@ -196,10 +212,10 @@ def _take_away(path: Path, seen: tuple[str, int]) -> None:
 def _is_of(path: Path, sign: dict[str, Any]) -> bool | None:
     """Whether a lock is still this owner's; None if it cannot be read for now."""
     try:
-        return (_owner(path.read_text()) or {}).get("token") == sign["token"]
+        return (_owner(_said(path)) or {}).get("token") == sign["token"]
     except FileNotFoundError:
         return False
-    except OSError:
+    except (OSError, RunError):  # a network may come again
         return None
 
 
@@ -207,15 +223,18 @@ def _renew(path: Path, sign: dict[str, Any], over: threading.Event) -> None:
     """Renew a lock for as long as it is this owner's: another's must not seem alive."""
     while not over.wait(BEAT):
         if _is_of(path, sign):
-            with suppress(OSError):
+            with suppress(OSError, RunError):
+                if objects.name_of(path):
+                    objects.renew(path, sign["token"])
+                    continue
                 os.utime(path)
 
 
 def _give_back(path: Path, sign: dict[str, Any]) -> None:
     """Remove the lock, unless it was taken away meanwhile and is another's."""
     if _is_of(path, sign):
-        with suppress(OSError):
-            path.unlink()
+        with suppress(OSError, RunError):
+            objects.remove(path) if objects.name_of(path) else path.unlink()
 
 
 __all__ = ["LOST", "Lost", "owned", "require"]

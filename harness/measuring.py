@@ -10,8 +10,9 @@ from typing import Any
 
 from fusion.errors import RunError
 from fusion.vocabulary import load_map
+from harness import mirror
 from harness.backends import StockLM
-from harness.build import device, model_folder, note_failure
+from harness.build import device, forget_failure, model_folder, note_failure
 from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, answer, load, unfinished
 from harness.locks import owned
@@ -60,6 +61,7 @@ class Measuring:
     ) -> None:
         """Write a shard's missing records; RunError if data or model cannot be had."""
         loaded = self.suite(step)
+        mirror.bring(step.folder)
         if self.row != row and unfinished(step, loaded, shard, shards):
             self.release()
             self.lm, self.row = self._open(row), row
@@ -69,12 +71,16 @@ class Measuring:
     def score(self, step: Step) -> None:
         """Derive a measurement's scores, unless another process has; RunError without records."""
         with owned(self.plan.home, step.folder.name):
+            mirror.bring(step.folder)
             if not step.done:
                 score(self.plan, step, self.suite(step))
+                mirror.send(step.folder)
 
     def rescore(self, step: Step) -> None:
         """Derive scores again from a finished measurement's records."""
+        mirror.bring(step.folder)
         rescore(self.plan, step, self.suite(step))
+        mirror.send(step.folder)
 
     def _measure_shards(self, row: str, steps: Sequence[Step]) -> dict[str, str]:
         from harness.shards import measure_shards
@@ -87,6 +93,8 @@ class Measuring:
             except RunError as error:
                 reasons[step.name] = str(error)
         try:
+            for step, _ in todo:
+                mirror.bring(step.folder)
             if any(unfinished(*one) for one in todo):  # weights that are kept as a difference, too
                 for model in [row] if self.plan.folders[row] else inputs(self.plan.recipe, row):
                     model_folder(self.plan, model)
@@ -131,14 +139,17 @@ class Measuring:
         if variant is None or variant.ensemble is None:
             return self._alone(row)
         ensemble = variant.ensemble
-        maps = [
-            load_map(step.folder / "map.npz")
+        files = [
+            step.folder / "map.npz"
             for member in ensemble.members[1:]
             for step in self.plan.steps.values()
             if step.kind == "map"
             and row in step.rows
             and step.content["source"] == tokenizer_identity(self.plan, member)
         ]
+        for file in files:
+            mirror.bring(file)
+        maps = [load_map(file) for file in files]
         opened = {member: self._model(member) for member in dict.fromkeys(ensemble.members)}
         members = [opened[member] for member in ensemble.members]
         parameters, weights = dict(ensemble.parameters), ensemble.weights
@@ -222,7 +233,7 @@ def measure_rows(plan: Plan, todo: Mapping[str, Sequence[Step]]) -> dict[str, st
     for row, steps in todo.items():
         missing = unbuilt(plan, row)
         for step in steps:
-            (step.folder / "failed.json").unlink(missing_ok=True)
+            forget_failure(step)
         if missing:
             reasons = {step.name: f"not built: {', '.join(missing)}" for step in steps}
         else:

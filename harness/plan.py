@@ -15,6 +15,7 @@ from typing import Any
 from fusion.errors import RunError
 from fusion.mergekit import made_by
 from fusion.spec import Source, Train
+from harness import mirror
 from harness.assets import PINNED, local_files
 from harness.corpus_steps import packed_corpus, statistics
 from harness.hashing import TINY_VERSION, corpus_hash, definition_hash, file_hash, folder_hash
@@ -39,6 +40,7 @@ HELDOUT = ("bits_per_byte", "bits_per_byte@fusellm", "response_bits_per_byte")
 
 def plan(recipe: Recipe, home: Path) -> Plan:
     """Every step that the recipe comes to. RunError if a local source is missing."""
+    mirror.learn(home)
     out = Plan(recipe, home)
     for name, source in recipe.sources.items():
         _source(out, name, source)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness import objects
 from harness.store import clock, write_json
 
 BEAT = 5.0  # seconds between two signs of life
@@ -107,6 +108,8 @@ def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
         with alone, suppress(OSError, RunError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, facts | _at | {"seen": time.time()})
+            if objects.name_of(path):
+                objects.write(path, path.read_text())
 
     def beat() -> None:
         while True:
@@ -123,8 +126,10 @@ def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
         _writers.remove(write)
         over.set()
         thread.join()
-        with suppress(OSError):
+        with suppress(OSError, RunError):
             path.unlink(missing_ok=True)
+            if objects.name_of(path):
+                objects.remove(path)
 
 
 def signs(home: Path, names: str = "*") -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.conversations import CHAT, said_in
 from fusion.errors import RunError
+from harness import mirror
 from harness.plan import Plan, Step
 from harness.progress import say
 from harness.store import beside, read_manifest, world
@@ -33,6 +34,8 @@ def prompts(plan: Plan, steps: Sequence[Step]) -> dict[str, Path]:
             continue
         path = plan.home / "data" / f"prompts-{protocol}.parquet"
         if not path.exists():
+            mirror.bring(path)
+        if not path.exists():
             try:
                 loaded = loaded or _load(plan, step)
             except RunError as error:
@@ -42,6 +45,7 @@ def prompts(plan: Plan, steps: Sequence[Step]) -> dict[str, Path]:
                 say(f"{step.name}: measured by another protocol; the report lacks those prompts")
                 continue
             _write(path, loaded)
+            mirror.send(path)
         found[protocol] = path
     return found
 

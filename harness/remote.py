@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from fusion.errors import RecipeError, RunError
-from harness.build import needed, note_failure
+from harness import mirror, objects
+from harness.build import forget_failure, needed, note_failure
 from harness.jobs import Job, Machines, builds, measurement, questions
 from harness.plan import Plan, Step
 from harness.progress import say
@@ -81,13 +82,18 @@ def carry_out(
     sign = plan.home / "running" / f"sweep.{socket.gethostname()}.{os.getpid()}"
     plan.home.joinpath("running").mkdir(parents=True, exist_ok=True)
     write_json(sign, {"rows": list(rows)})
+    if objects.name_of(sign):
+        objects.write(sign, sign.read_text())
     try:
         sweep = Sweep(ray, plan, rows, steps, todo, Setting.here(sign))
         sweep.run()
+        mirror.learn(plan.home)
         return sweep.reasons()
     finally:
-        with suppress(OSError):
+        with suppress(OSError, RunError):
             sign.unlink(missing_ok=True)
+            if objects.name_of(sign):
+                objects.remove(sign)
 
 
 @dataclass
@@ -136,7 +142,7 @@ class Sweep:
         started = time.monotonic()
         measured = [step for _, step in self._measured()]
         for step in [*self.steps, *measured]:
-            (step.folder / "failed.json").unlink(missing_ok=True)
+            forget_failure(step)
         self._forecast()
         self.add(questions(self.plan, measured))
         slots = self.machines.slots
@@ -284,6 +290,7 @@ class Sweep:
     def _fail(self, job: Job, reason: str) -> None:
         """Keep why a job failed, and with it all that needs it."""
         say(f"{job}: {reason}")
+        mirror.learn(self.plan.home, job.step.folder)
         if job.step.kind == "evaluate":
             alone = job.work != "questions"
             for _, step in [(job.row, job.step)] if alone else self._measured():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fusion.spec import Variant
+from harness import mirror
 from harness.contamination import contamination
 from harness.keeping import told
 from harness.plan import Plan, Step, suite_of
@@ -66,7 +67,9 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Report, 
     path = folder / "index.json"
     write_json(path, index)
     report = read(path)
-    return report, save(report, folder)
+    files = save(report, folder)
+    mirror.send(folder)
+    return report, files
 
 
 def _extra(plan: Plan, loaded: Loaded, runs: list[Step]) -> dict[str, Any]:
@@ -183,6 +186,8 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
     if variant:
         kind = next(k for k in ("train", "merge", "ensemble", "repeat") if getattr(variant, k))
     log = folder / "training.csv" if folder else None
+    if log and kind == "train":
+        mirror.bring(log)
     facts = (read_manifest(folder) or {}).get("facts", {}) if folder else {}
     captures = [
         {"name": step.name, "cost": _cost(step.folder)}

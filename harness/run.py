@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion.errors import RecipeError, RunError
-from harness.hosts import calling
+from harness import mirror
+from harness.hosts import calling, refuse_objects
 from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
@@ -37,6 +38,7 @@ def run(
     loaded = load(reference, overrides)
     _check(loaded, executor, address)
     rows = _rows(loaded, only)
+    refuse_objects(loaded)
     planned = plan(loaded.recipe, home())
     reopen(planned, rows, stages, dry_run)
     if dry_run:
@@ -152,6 +154,7 @@ def reopen(planned: Plan, rows: Sequence[str], stages: Sequence[str], dry_run: b
             manifest = read_manifest(step.folder)
             if manifest is None or not _may_run(step, allowed):
                 continue
+            mirror.bring(step.folder)
             found = damage(step.folder, manifest)
             for name, what in found.items():
                 derived = name in (SCORES, "manifest.json")
@@ -159,7 +162,7 @@ def reopen(planned: Plan, rows: Sequence[str], stages: Sequence[str], dry_run: b
                 again = f"{again} again" if mends else "`kfuse run` mends it"
                 say(f"{step.folder / name}: {what}; {again}")
             if found and mends and not dry_run:
-                (step.folder / "manifest.json").unlink(missing_ok=True)
+                mirror.remove(step.folder / "manifest.json")
 
 
 def _may_run(step: Step, allowed: bool) -> bool:

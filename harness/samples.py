@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import RunError
+from harness import mirror
 from harness.locks import owned
 from harness.progress import say
 from harness.store import beside, world
 from reports.parts import decode, encode
 from reports.records import Run
 
-LEDGER = "ledger.jsonl"
+LEDGER = mirror.ALONE
 SCORES = "scores.parquet"
 
 
@@ -147,14 +148,18 @@ def spend(folder: Path, entry: Mapping[str, Any]) -> None:
     """Add a line to the ledger: what measuring a pack once took, and on what."""
     path = folder / LEDGER
     try:  # machines that share a folder append where each believes its end to be
-        with owned(folder.parent.parent, f"{folder.name}.ledger"), path.open("ab") as ledger:
-            ledger.write(b"\n" + json.dumps(entry, default=str).encode() + b"\n")
+        with owned(folder.parent.parent, f"{folder.name}.ledger"):
+            mirror.bring(path)
+            with path.open("ab") as ledger:
+                ledger.write(b"\n" + json.dumps(entry, default=str).encode() + b"\n")
+            mirror.send(path)
     except OSError as error:
         raise world(error, path) from error
 
 
 def spent(folder: Path) -> list[dict[str, Any]]:
     """The ledger's lines; one that an interruption cut is left out."""
+    mirror.bring(folder / LEDGER)
     try:
         lines = (folder / LEDGER).read_bytes().splitlines()
     except FileNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,17 @@ class Plan:
     def builds(self) -> list[Step]:
         """Everything but measurements."""
         return [s for s in self.steps.values() if s.kind != "evaluate"]
+
+
+def moved(plan: Plan, home: Path) -> Plan:
+    """A plan of another machine, whose folder of the store lies elsewhere, as this machine's."""
+
+    def here(path: Path) -> Path:
+        return home / path.relative_to(plan.home) if path.is_relative_to(plan.home) else path
+
+    steps = {key: replace(step, folder=here(step.folder)) for key, step in plan.steps.items()}
+    folders = {row: path and here(path) for row, path in plan.folders.items()}
+    return replace(plan, home=home, steps=steps, folders=folders)
 
 
 def root(recipe: Recipe, row: str) -> str:

@@ -27,8 +27,23 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "lm-eval", "toke
 
 
 def home() -> Path:
-    """`$KFUSE_HOME`, or `runs` in the working directory."""
-    return Path(os.environ.get("KFUSE_HOME") or "runs").absolute()
+    """`$KFUSE_HOME`, or `runs` in the working directory; of a URL its mirror on this machine.
+
+    That is `$KFUSE_MIRROR`, or a folder in the user's cache (`harness.objects`).
+    """
+    address = url()
+    if address is None:
+        return Path(os.environ.get("KFUSE_HOME") or "runs").absolute()
+    if own := os.environ.get("KFUSE_MIRROR"):
+        return Path(own).absolute()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return caches / "kfuse" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def url() -> str | None:
+    """`$KFUSE_HOME` if it is the URL of an object store."""
+    given = os.environ.get("KFUSE_HOME") or ""
+    return given.rstrip("/") if "://" in given else None
 
 
 def identity(content: Any) -> str:

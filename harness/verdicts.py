@@ -5,6 +5,7 @@ What a user got wrong becomes one of the two errors here; the reports room itsel
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import RecipeError, RunError
+from harness import mirror
 from harness.gate_file import load
 from harness.report import machine
 from harness.run import show
-from harness.store import home, identity, provenance, write_json, write_text
+from harness.store import home, identity, provenance, url, write_json, write_text
 
 if TYPE_CHECKING:
     from reports.lm_eval_results import Imported
@@ -33,6 +35,26 @@ def _readable() -> Iterator[None]:
         raise RunError(str(error)) from error
 
 
+def _bring_rows(rows: Sequence[str], report: str | None) -> None:
+    """Have here the reports that know rows, and the runs of these rows, of an object store."""
+    if url() is None:
+        return
+    mirror.bring(home() / "reports", but=("*.html", "*.md", "*.csv"))
+    for index in sorted((home() / "reports").glob("*/index.json")):
+        if report and not index.parent.name.startswith(Path(report).name):
+            continue
+        cells = json.loads(index.read_text()).get("cells", {})
+        for cell in [cell for row in rows for cell in cells.get(row, {}).values()]:
+            if "run" in cell and set(rows) <= set(cells):
+                mirror.bring(home() / cell["run"])
+
+
+def _bring_runs(paths: Sequence[Path]) -> None:
+    """Have here the folders of an object store that are named by their place in the mirror."""
+    for path in paths:
+        mirror.bring(path.absolute())
+
+
 def compare(
     base: str,
     candidate: str,
@@ -45,6 +67,7 @@ def compare(
     from reports import compare_formats
     from reports.compare import compare_all, open_pairs
 
+    _bring_rows([base, candidate], report)
     with _readable():
         found = compare_all(open_pairs(base, candidate, home(), report), margin=margin)
     if csv:
@@ -70,6 +93,7 @@ def gate(
     from reports.gate import EXIT, default, judge
 
     try:
+        _bring_rows([base, candidate], report)
         with _readable():
             pairs = open_pairs(base, candidate, home(), report)
             result = judge(load(file, pairs) if file else default(pairs), pairs)
@@ -103,6 +127,7 @@ def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None
     from reports.report import save
     from reports.table import read
 
+    _bring_runs(paths)
     with _readable():
         runs, imported = find_runs(paths)
     if imported:
@@ -128,6 +153,7 @@ def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None
     with _readable():
         found = opened(read, path)
         show(found, save(found, path.parent))
+    mirror.send(path.parent)
 
 
 def _suites(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
@@ -206,6 +232,7 @@ def leaderboard(paths: Sequence[Path], form: str = "markdown", published: bool =
 
     if form not in FORMATS:
         raise RecipeError(f"--format {form}: unknown; known: {', '.join(FORMATS)}")
+    _bring_runs(paths)
     with _readable():
         runs, imported = find_runs(paths)
         if published:

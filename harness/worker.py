@@ -11,7 +11,8 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0  # seconds until what another machine has written must be seen here
 INHERITED = ("KFUSE_", "HF_", "OMP_", "MKL_", "TOKENIZERS_")  # beginnings of environment variables
+OWN = ("KFUSE_MIRROR",)  # what each machine says for itself
 _kept: dict[str, Measuring] = {}
 
 
@@ -44,7 +46,7 @@ class Setting:
 
         from harness.store import provenance
 
-        known = {k: v for k, v in os.environ.items() if k.startswith(INHERITED)}
+        known = {k: v for k, v in os.environ.items() if k.startswith(INHERITED) and k not in OWN}
         return cls(known, torch.get_num_threads(), provenance(), sign)
 
 
@@ -67,6 +69,7 @@ def do(plan: Plan, job: Job, setting: Setting) -> Done:
     try:
         if unfit := _unfit(setting, host):
             return Done(None, unfit, host)
+        plan, job = _here(plan, job)
         _see(plan, job)
         found = WORK[job.work](plan, job)
     except (RecipeError, RunError, OSError) as error:
@@ -80,7 +83,7 @@ def do(plan: Plan, job: Job, setting: Setting) -> Done:
 def _settle(setting: Setting) -> None:
     """Take over the command's environment: Ray sets threads of its own, which move last digits."""
     for name in [name for name in os.environ if name.startswith(INHERITED)]:
-        if name not in setting.environment:
+        if name not in setting.environment and name not in OWN:
             del os.environ[name]
     os.environ.update(setting.environment)
     import torch
@@ -92,7 +95,11 @@ def _unfit(setting: Setting, host: str) -> str | None:
     """Why what is made here would not be what the command makes."""
     from harness.store import unlike
 
-    if not setting.sign.exists():
+    try:
+        seen = _seen(setting.sign)
+    except RunError as error:  # of an object store
+        return f"{host}: {error}"
+    if not seen:
         return (
             f"{host}: does not see the store {setting.sign.parent.parent}; set KFUSE_HOME to a "
             "folder that all nodes have under the same path"
@@ -100,15 +107,42 @@ def _unfit(setting: Setting, host: str) -> str | None:
     return unlike(setting.made_by)
 
 
+def _seen(sign: Path) -> bool:
+    """Whether the command's file in the store is seen here."""
+    from harness import objects
+    from harness.store import home, url
+
+    if url() is None:
+        return sign.exists()
+    with suppress(FileNotFoundError):
+        return bool(objects.read(home() / sign.parent.name / sign.name))
+    return False
+
+
+def _here(plan: Plan, job: Job) -> tuple[Plan, Job]:
+    """A plan and its job in this machine's mirror; in a shared folder they are as they are."""
+    from harness.steps import moved
+    from harness.store import home, url
+
+    if url() is None or plan.home == home():
+        return plan, job
+    plan = moved(plan, home())
+    return plan, replace(job, step=plan.steps[job.step.identity])
+
+
 def _see(plan: Plan, job: Job) -> None:
-    """Wait until a shared folder shows here what other machines have finished there."""
+    """Wait until the store shows here what other machines have finished there."""
+    from harness import mirror
     from harness.store import read_manifest
 
+    mirror.learn(plan.home, job.step.folder)
     deadline = time.monotonic() + PATIENCE
     if job.step.folder.is_dir():
         os.listdir(job.step.folder)  # asks the server, in place of what is remembered
     for name in job.needs:
         step = plan.steps.get(name)
+        if step:
+            mirror.learn(plan.home, step.folder)
         while step and read_manifest(step.folder) is None:
             if time.monotonic() > deadline:
                 raise RunError(
@@ -118,6 +152,7 @@ def _see(plan: Plan, job: Job) -> None:
             time.sleep(0.5)
             if step.folder.parent.is_dir():
                 os.listdir(step.folder.parent)
+            mirror.learn(plan.home, step.folder)
 
 
 def _make(plan: Plan, job: Job) -> Mapping[str, Any]:
@@ -127,8 +162,10 @@ def _make(plan: Plan, job: Job) -> Mapping[str, Any]:
 
 
 def _capture(plan: Plan, job: Job) -> Mapping[str, Any]:
+    from harness import mirror
     from harness.capturing import capture_share
 
+    mirror.bring(plan.steps[job.step.content["corpus"]].folder)
     capture_share(plan, job.step, job.share, job.shares)
     return {}
 
