@@ -76,7 +76,8 @@ def _require_others(call: dict[str, Any]) -> None:
     end in order, or whose connections break, need none of this.
     """
     for sign in signs(home()):
-        if (sign.get("training") or {}).get("id") == call["id"] and not lives(sign):
+        own = (sign["host"], sign["pid"]) == (socket.gethostname(), os.getpid())
+        if (sign.get("training") or {}).get("id") == call["id"] and not own and not lives(sign):
             raise RunError(
                 f"training: {sign['host']} (process {sign['pid']}), which has a part in it, gives "
                 f"no sign of life since {sign['age']:.0f} s; `kfuse run` and `kfuse join` go on "

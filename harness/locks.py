@@ -24,7 +24,7 @@ from typing import Any
 from fusion.errors import RunError
 from harness import objects
 from harness.progress import BEAT, LOST, say
-from harness.store import clock, world
+from harness.store import clock, space, world
 
 LOOK = 0.2  # seconds between two looks of one who waits
 FAR = 2.0  # the same, at an object store
@@ -75,21 +75,18 @@ def require(home: Path, name: str) -> None:
         )
 
 
+def holds(home: Path, name: str) -> bool:
+    """Whether this process has the lock of that name, or had it taken away."""
+    return home / "running" / f"{name}.lock" in _held
+
+
 def _sign() -> dict[str, Any]:
     """Who this is: no two owners, not even of one process, say the same."""
     import psutil
 
     born = psutil.Process().create_time()
-    where = {"host": socket.gethostname(), "space": _space()}
+    where = {"host": socket.gethostname(), "space": space()}
     return {**where, "pid": os.getpid(), "born": born, "token": uuid.uuid4().hex}
-
-
-def _space() -> str:
-    """The kernel's name for what process numbers count in: containers may share a host's name."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 def _taken(path: Path, sign: dict[str, Any]) -> bool:
@@ -166,7 +163,7 @@ def _gone(text: str) -> bool | None:
     import psutil
 
     owner = _owner(text)
-    if owner is None or (owner["host"], owner["space"]) != (socket.gethostname(), _space()):
+    if owner is None or (owner["host"], owner["space"]) != (socket.gethostname(), space()):
         return None
     if owner["pid"] == os.getpid():
         own = abs(psutil.Process().create_time() - owner["born"])
@@ -237,4 +234,4 @@ def _give_back(path: Path, sign: dict[str, Any]) -> None:
             objects.remove(path) if objects.name_of(path) else path.unlink()
 
 
-__all__ = ["LOST", "Lost", "owned", "require"]
+__all__ = ["LOST", "Lost", "holds", "owned", "require"]

@@ -25,7 +25,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness import objects
-from harness.locks import Lost, require
+from harness.locks import Lost, holds, owned, require
 from harness.objects import hidden, name_of
 from harness.store import home, url, write_json
 
@@ -40,6 +40,7 @@ SMALL = 64 * 2**20  # bytes up to which such a file is copied before it is sent
 Entry = tuple[list[int], list[Any]]  # size and time of change here, size and tag there
 _seen: set[str] = set()  # files that this process has seen here: one that goes was removed
 _noting = threading.RLock()
+_moving = threading.RLock()  # one sending or fetching at a time
 
 
 def learn(store: Path, folder: Path | None = None) -> None:
@@ -53,7 +54,7 @@ def learn(store: Path, folder: Path | None = None) -> None:
     unsent: list[Path] = []
     with objects.opened("listing") as (fs, root):
         there = objects.listing(fs, root, "" if name == "." else name)
-        known = [p for room in ROOMS for p in (_claim() / room).glob("*.json")]
+        known = [p for room in ROOMS for p in (_claim() / room).glob("*.json") if _entries(p)]
         if name == "." and known and not there:
             raise RunError(
                 f"{url()}: is empty, but {home()} has {len(known)} folders from there or of its "
@@ -71,7 +72,20 @@ def learn(store: Path, folder: Path | None = None) -> None:
             elif same is None and path.name == "manifest.json":
                 unsent.append(path.parent)
     for path in unsent:
-        send(path, exact=True)
+        _send_finished(path)
+
+
+def _send_finished(folder: Path) -> None:
+    """Send what was finished here, unless another is at it, or has finished it by now."""
+    if holds(home(), folder.name):
+        send(folder, exact=True)
+        return
+    with owned(home(), folder.name, wait=False) as ours:
+        if ours:
+            with objects.opened("looking") as (fs, root):
+                late = not objects.gone(fs, root, str(name_of(folder / "manifest.json")))
+            if not late:
+                send(folder, exact=True)
 
 
 def _tells(name: str) -> bool:
@@ -99,7 +113,7 @@ def bring(path: Path, but: Sequence[str] = ()) -> None:
     name = name_of(path)
     if name is None:
         return
-    with objects.opened(f"fetching {name}") as (fs, root):
+    with _moving, objects.opened(f"fetching {name}") as (fs, root):
         there = objects.listing(fs, root, name)
         _claim()
         but = (*but, ALONE) if path.name != ALONE else ()
@@ -110,7 +124,7 @@ def bring(path: Path, but: Sequence[str] = ()) -> None:
             if removed and objects.gone(fs, root, own):
                 (home() / own).unlink(missing_ok=True)
                 _note({own: None})
-    _seen.update(str(name_of(file)) for file in _files(path))
+        _seen.update(str(name_of(file)) for file in _files(path))
 
 
 def _take(fs: Any, root: str, there: Mapping[str, dict[str, Any]]) -> None:
@@ -119,8 +133,7 @@ def _take(fs: Any, root: str, there: Mapping[str, dict[str, Any]]) -> None:
     wanted = []
     for name, info in there.items():
         state, known = _state(home() / name), same.get(name)
-        older = known[1] != objects.tag(info) if known else state and state[0] != info["size"]
-        if state is None or older:
+        if state is None or known is None or known[1] != objects.tag(info):
             wanted.append(name)
     wanted.sort(key=lambda n: (n.endswith("/manifest.json"), n.endswith(SAYING)))
     partial = {n: (home() / n).with_name(f".{Path(n).name}.{uuid.uuid4().hex}") for n in wanted}
@@ -156,6 +169,7 @@ def send(path: Path, exact: bool = False) -> None:
     if name is None:
         return
     with (
+        _moving,
         objects.opened(f"sending {name}") as (fs, root),
         TemporaryDirectory(dir=_claim()) as copies,
     ):
@@ -165,15 +179,20 @@ def send(path: Path, exact: bool = False) -> None:
         if path.name != ALONE:
             files.pop(f"{name}/{ALONE}", None)
         there, known = objects.listing(fs, root, name), _same(name)
+        # What is finished is all ours: another's part of it, left there, is replaced.
+        sealed = f"{name}/manifest.json" in files
         new = {
             n: given
             for n, given in files.items()
-            if n not in there or n not in known or known[n][0] != given[1]
+            if n not in there
+            or n not in known
+            or known[n][0] != given[1]
+            or (sealed and known[n][1] != objects.tag(there[n]))
         }
         last = {n: given for n, given in new.items() if n.endswith("/manifest.json")}
         first = {n: given for n, given in new.items() if n not in last}
         for some in (first.keys() - said.keys(), first.keys() & said.keys()):
-            objects.put(fs, root, {n: first[n][0] for n in sorted(some)})
+            _put(fs, root, {n: first[n][0] for n in sorted(some)})
         seen = _seen | there.keys() if exact else _seen
         removed = [n for n in seen if _within(n, name) and not (home() / n).exists()]
         for own in removed:
@@ -186,7 +205,19 @@ def send(path: Path, exact: bool = False) -> None:
             short = _sent(fs, root, name, last)
         if last and short:
             raise OSError(f"{short[0]} is not there as it was sent")
-    _seen.update(files)
+        _seen.update(files)
+
+
+def _put(fs: Any, root: str, files: dict[str, Path]) -> None:
+    """Upload files; those that are removed meanwhile, as old checkpoints are, are left out."""
+    while files:
+        try:
+            return objects.put(fs, root, files)
+        except FileNotFoundError:
+            left = {name: path for name, path in files.items() if path.exists()}
+            if len(left) == len(files):
+                raise
+            files = left
 
 
 def _copies(path: Path, to: Path) -> Iterator[tuple[str, tuple[Path, list[int]]]]:
@@ -248,8 +279,10 @@ def sending(folder: Path) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         over.set()
+        if isinstance(error, Exception):  # who interrupts waits for no sending that is under way
+            thread.join()
         with suppress(RunError):
             require(home(), folder.name)
             send(folder)
@@ -304,8 +337,12 @@ def _key(name: str) -> str:
 
 def _same(name: str) -> dict[str, Entry]:
     """What mirror and store had the same of the folder that a name belongs to."""
+    return _entries(home() / ".same" / f"{_key(name)}.json")
+
+
+def _entries(path: Path) -> dict[str, Entry]:
     try:
-        return dict(json.loads((home() / ".same" / f"{_key(name)}.json").read_text()))
+        return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
 

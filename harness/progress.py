@@ -19,7 +19,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness import objects
-from harness.store import clock, write_json
+from harness.store import clock, space, write_json
 
 BEAT = 5.0  # seconds between two signs of life
 LOST = 12 * BEAT  # seconds without a sign after which whoever is elsewhere is taken for gone
@@ -100,14 +100,18 @@ def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
     """
     path = home / "running" / f"{folder}.{socket.gethostname()}.{os.getpid()}.json"
     facts |= {"folder": folder, "host": socket.gethostname(), "pid": os.getpid()}
+    facts |= {"space": space()}
     facts |= {"since": time.time()}
     over, alone = threading.Event(), threading.Lock()
     _at.clear()
 
     def write() -> None:
         with alone, suppress(OSError, RunError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, facts | _at | {"seen": time.time()})
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, facts | _at | {"seen": time.time()})
+            except (OSError, RunError):  # it still says that this process lives
+                os.utime(path)
             if objects.name_of(path):
                 objects.write(path, path.read_text())
 
@@ -151,7 +155,7 @@ def lives(sign: dict[str, Any]) -> bool:
     """Whether a sign is fresh, and its process is there if it is one of this machine."""
     if float(sign["age"]) > LOST:
         return False
-    if sign["host"] != socket.gethostname():
+    if (sign["host"], sign.get("space")) != (socket.gethostname(), space()):
         return True
     try:
         os.kill(int(sign["pid"]), 0)

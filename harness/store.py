@@ -81,6 +81,14 @@ def write_text(path: Path, text: str) -> None:
         raise world(error, path) from error
 
 
+def space() -> str:
+    """The kernel's name for what process numbers count in: containers may share a host's name."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def clock(folder: Path) -> float:
     """The time by the clock that stamps a folder's files: on a shared one the file server's.
 

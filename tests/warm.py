@@ -77,9 +77,7 @@ class Warm:
         """Start a process for each job (see `job`); their numbers."""
         assert self.server.stdin
         if self.running:  # of a test that failed before it waited
-            for number in self.running:
-                with suppress(ProcessLookupError):
-                    os.killpg(number, signal.SIGKILL)
+            self._kill()
             self.wait()
         self.server.stdin.write(json.dumps(jobs) + "\n")
         self.server.stdin.flush()
@@ -88,8 +86,9 @@ class Warm:
 
     def wait(self) -> list[int]:
         """How those that were started last have ended: their exit codes, or −signal."""
+        ended = self._numbers()
         self.running = []
-        return self._numbers()
+        return ended
 
     def _numbers(self) -> list[int]:
         assert self.server.stdout
@@ -98,8 +97,14 @@ class Warm:
         return [int(word) for word in line.split()]
 
     def close(self) -> None:
-        """End the server once its processes have ended."""
-        self.server.communicate()
+        """End the server, and what it has running."""
+        self._kill()
+        self.server.communicate(timeout=60)
+
+    def _kill(self) -> None:
+        for number in self.running:
+            with suppress(ProcessLookupError):
+                os.killpg(number, signal.SIGKILL)
 
 
 def job(

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -431,3 +433,94 @@ def test_signs_of_work_are_seen_from_elsewhere_and_go_again(
     os.utime(store / "running" / "two.json", (1e9, 1e9))
     mirror.learn(home())
     assert [lives(sign) for sign in signs(second)] == [False], "by when it was written there"
+
+
+def test_what_was_finished_here_is_not_sent_while_another_is_at_it(
+    store: Path, at: Callable[[str], Path]
+) -> None:
+    first = at("first")
+    mine = made(first / "models" / "one-11111111")
+    finish(mine, {"by": "first"})  # and could not be sent
+    second = at("second")
+    theirs = second / "models" / "one-11111111"
+    (theirs / "checkpoints").mkdir(parents=True)
+    (theirs / "checkpoints" / "s.bin").write_bytes(b"s")
+    (theirs / "index.json").write_text("{}")
+    mirror.send(theirs)
+    before = files(store)
+    lock = '{"host": "another", "space": "", "pid": 1, "born": 0, "token": "x"}'
+    assert objects.create(second / "running" / "one-11111111.lock", lock)
+    at("first")
+    mirror.learn(first)
+    after = files(store)
+    assert {n: after[n] for n in before} == before
+    assert "models/one-11111111/manifest.json" not in after
+    objects.remove(first / "running" / "one-11111111.lock")
+    mirror.learn(first)
+    assert {n: data for n, data in files(store).items() if n.startswith("models/")} == {
+        n: data for n, data in files(first).items() if n.startswith("models/")
+    }, "nobody is at it any more: it is finished, and all of it is the first one's"
+
+
+def test_a_manifest_goes_with_the_files_that_it_is_of(
+    store: Path, at: Callable[[str], Path]
+) -> None:
+    folder = made(at("first") / "models" / "one-11111111")
+    mirror.send(folder)
+    there = store / "models" / "one-11111111" / "parts" / "one.bin"
+    there.unlink()
+    there.write_bytes(b"two" * 1000)  # another, who had the lock for a while
+    finish(folder, {})
+    mirror.send(folder)
+    assert there.read_bytes() == b"one" * 1000
+
+
+def test_what_goes_while_it_is_sent_keeps_nothing_else(
+    store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(at("first") / "models" / "one-11111111")
+    put = objects.put
+
+    def late(fs: Any, root: str, given: Mapping[str, Path]) -> None:
+        (folder / "parts" / "old.bin").unlink(missing_ok=True)
+        put(fs, root, given)
+
+    (folder / "parts" / "old.bin").write_bytes(b"old")
+    monkeypatch.setattr(objects, "put", late)
+    mirror.send(folder)
+    assert set(files(store)) == {
+        f"models/one-11111111/{n}" for n in ("parts/one.bin", "index.json")
+    }
+
+
+def test_a_store_that_was_emptied_in_order_is_used(store: Path, at: Callable[[str], Path]) -> None:
+    folder = at("first") / "models" / "one-11111111"
+    folder.mkdir(parents=True)
+    write_json(folder / "failed.json", {"reason": "no"})
+    mirror.send(folder)
+    mirror.remove(folder / "failed.json")
+    assert not files(store)
+    mirror.learn(home())
+
+
+def test_a_sending_that_is_under_way_ends_before_the_lock_is_given_back(
+    store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(at("first") / "models" / "one-11111111")
+    begun, late = threading.Event(), threading.Event()
+    send, sent = mirror.send, []
+
+    def slow(path: Path, exact: bool = False) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            time.sleep(0.5)
+        sent.append(late.is_set())
+        send(path, exact)
+
+    monkeypatch.setattr(mirror, "EVERY", 0.01)
+    monkeypatch.setattr(mirror, "send", slow)
+    with pytest.raises(ZeroDivisionError), mirror.sending(folder):
+        _ = 1 / 0 if begun.wait(5) else None
+    late.set()
+    time.sleep(0.7)
+    assert sent == [False, False]

@@ -20,7 +20,7 @@ from harness.recipe import load
 from harness.run import asked
 from harness.status import Job, jobs, summary, table
 from harness.steps import Plan
-from harness.store import finish, write_json
+from harness.store import finish, space, write_json
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def sign(planned: Plan, folder: str, **facts: object) -> Path:
     path.parent.mkdir(exist_ok=True)
     now = time.time()
     content = {"folder": folder, "host": socket.gethostname(), "pid": os.getpid()}
+    content |= {"space": space()}
     write_json(path, content | {"since": now - 60, "seen": now} | facts)
     return path
 
@@ -77,6 +78,8 @@ def test_a_finished_job_tells_how_long_others_like_it_will_take(planned: Plan) -
         ({}, 2 * LOST, "lost"),
         ({"host": "elsewhere", "pid": 1}, 0, "running"),
         ({"host": "elsewhere", "pid": 1}, 2 * LOST, "lost"),
+        ({"space": "another container's", "pid": 4_999_999}, 0, "running"),
+        ({"space": "another container's", "pid": 4_999_999}, 2 * LOST, "lost"),
         # By the clock of another machine, which is not this one's.
         ({"host": "elsewhere", "pid": 1, "seen": time.time() - 2 * LOST}, 0, "running"),
         ({"host": "elsewhere", "pid": 1, "seen": time.time() + 2 * LOST}, 2 * LOST, "lost"),
