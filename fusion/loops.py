@@ -125,6 +125,10 @@ def combine(
         total[:] = -zero
         for m in range(len(models)):
             row, model = rows[m, :size], models[m][start:stop]
+            if draws is None and elect == 0 and rank is None and left[m] < 0 and leasts[m] <= 0:
+                for i in range(size):  # all of it, at once
+                    total[i] += _change(model, below, i) * votes[m]
+                continue
             if draws is None:
                 left[m] = _select(row, model, below, ranks, leasts[m], left[m])
             else:
@@ -304,7 +308,7 @@ def weigh(
 def magnitude(out: Array, model: Array, ground: Array | None) -> None:
     """out ← |τ|."""
     for i in range(out.size):
-        out[i] = abs(model[i] if ground is None else model[i] - ground[i])
+        out[i] = abs(_change(model, ground, i))
 
 
 @_compiled
