@@ -18,8 +18,9 @@ import torch
 from fusion.errors import RunError
 from fusion.vocabulary import build as build_map
 from harness.assets import prepare_data
-from harness.build import build, model_folder
+from harness.build import build
 from harness.ensembles import EnsembleLM
+from harness.model_folder import model_folder
 from harness.plan import plan
 from harness.progress import say
 from harness.recipe import load

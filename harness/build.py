@@ -24,9 +24,9 @@ from fusion.spec import Merge
 from harness import mirror
 from harness.capturing import capture_step, with_shares
 from harness.costs import Meter, budget, counted, written
-from harness.hashing import folder_hash
 from harness.launching import launch
 from harness.locks import Lost, owned, require
+from harness.model_folder import model_folder
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say, working
 from harness.store import (
@@ -34,7 +34,6 @@ from harness.store import (
     identity,
     read_manifest,
     require_space,
-    url,
     world,
     write_json,
 )
@@ -222,43 +221,6 @@ def _pack(plan: Plan, step: Step) -> dict[str, Any]:
         "tokens": sum(len(p.ids) for block in blocks for p in block),
         **counts,
     }
-
-
-def model_folder(plan: Plan, row: str, weights: bool = True) -> Path:
-    """The folder of a row's model.
-
-    weights: if False, no more need be there than its configuration and tokenizer.
-    """
-    folder = plan.folders[row]
-    if folder is None:
-        what = "a repeat" if plan.recipe.variants[row].repeat else "an ensemble"
-        raise RunError(f"{row}: {what} has no weights of its own")
-    if url() and not folder.is_dir() and not folder.is_relative_to(plan.home):
-        return _of_the_hub(plan, row, folder)
-    mirror.bring(folder, but=() if weights else mirror.WEIGHTS)
-    manifest = read_manifest(folder)
-    if manifest and "kept" in manifest:
-        from harness.keeping import weights_again
-
-        weights_again(plan.home, row, folder)
-    snapshot = (manifest or {}).get("facts", {}).get("snapshot")
-    return Path(snapshot) if snapshot else folder
-
-
-def _of_the_hub(plan: Plan, row: str, elsewhere: Path) -> Path:
-    """A model of the hub that the machine of the command has, fetched here, too."""
-    from fusion.models import fetch
-
-    source = plan.recipe.sources[row]
-    if elsewhere == Path(source.path).expanduser():
-        raise RunError(f"sources.{row}.path: {source.path} is not on this machine")
-    found = fetch(source.path, source.revision)
-    if folder_hash(plan.home, found) != plan.identities[row]:
-        raise RunError(
-            f"sources.{row}: {found} is not what {elsewhere} is on the machine of the command; "
-            "give the source a `revision`, or both machines the same HF_HOME"
-        )
-    return found
 
 
 def _map(plan: Plan, step: Step) -> dict[str, Any]:

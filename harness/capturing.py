@@ -118,7 +118,8 @@ def _opened(plan: Plan, step: Step) -> tuple[Any, Any, dict[str, Any]]:
     """The source's model and tokenizer, and the facts that identify its store."""
     from fusion.models import load_model, load_tokenizer
     from fusion.tokens import fingerprint
-    from harness.build import device, model_folder
+    from harness.build import device
+    from harness.model_folder import model_folder
 
     folder = model_folder(plan, step.content["row"])
     model = load_model(folder, step.content["dtype"], device(plan))

@@ -245,7 +245,7 @@ def adapters(plan: Plan, train: Train) -> int | None:
     """How many weights of adapters are trained; None where all weights are."""
     from fusion.lora import adapter_weights
     from fusion.models import skeleton
-    from harness.build import model_folder
+    from harness.model_folder import model_folder
 
     if train.lora is None:
         return None
@@ -259,7 +259,7 @@ def source_lengths(
     """Tokens of each block as a source cuts it; template: as for `corpus.read_piece`."""
     from fusion.corpus import read_piece
     from fusion.models import load_tokenizer
-    from harness.build import model_folder
+    from harness.model_folder import model_folder
 
     tokenizer = load_tokenizer(model_folder(plan, root(plan.recipe, row), weights=False))
     return [
@@ -276,6 +276,6 @@ def _blocks(plan: Plan, corpus: str) -> list[list[Any]]:
 def _size(plan: Plan, row: str) -> Any:
     from fusion.flops import size
     from fusion.models import skeleton
-    from harness.build import model_folder
+    from harness.model_folder import model_folder
 
     return size(skeleton(model_folder(plan, root(plan.recipe, row), weights=False)))

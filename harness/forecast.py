@@ -188,7 +188,7 @@ def _model(plan: Plan, row: str) -> tuple[Size, int] | None:
     """
     from fusion.flops import Size, size
     from fusion.models import skeleton
-    from harness.build import model_folder
+    from harness.model_folder import model_folder
 
     folder = model_folder(plan, row, weights=False)
     if not (folder / "config.json").is_file():
@@ -235,7 +235,7 @@ def _shown(sizes: Sequence[int]) -> tuple[float, float]:
 def _counter(plan: Plan, row: str) -> Any:
     """Text to a number of tokens: by a source's tokenizer if it is here, else bytes over four."""
     from fusion.models import load_tokenizer
-    from harness.build import model_folder
+    from harness.model_folder import model_folder
 
     folder = model_folder(plan, row, weights=False) if plan.folders[row] else None
     if folder is None or not (folder / "config.json").is_file():
@@ -330,7 +330,7 @@ def _trained(plan: Plan, step: Step, weights: int, where: str) -> int | None:
 
 def _unseen(plan: Plan, train: Train) -> bool:
     """Whether it trains adapters of a model whose matrices are not known before it is here."""
-    from harness.build import model_folder
+    from harness.model_folder import model_folder
 
     folder = model_folder(plan, root(plan.recipe, train.init), weights=False)
     return train.lora is not None and not (folder / "config.json").is_file()

@@ -181,8 +181,8 @@ def inspect_alignment(source: str, target: str, text: Path | None, method: str) 
     from fusion.models import load_tokenizer
     from fusion.vocabulary import VOCABULARY_MAPS
     from harness.build import build as build_rows
-    from harness.build import model_folder
     from harness.checks import close
+    from harness.model_folder import model_folder
     from harness.plan import plan
     from harness.recipe import parse
     from harness.store import home

@@ -348,7 +348,8 @@ def local(plan: Plan, row: str) -> Ask:
 
     def ask(prompt: str, number: int) -> tuple[str, int]:
         from fusion.conversations import asking
-        from harness.build import device, model_folder
+        from harness.build import device
+        from harness.model_folder import model_folder
         from harness.scoring import Instance, SharedPrefixLM
 
         if not models:

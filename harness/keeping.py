@@ -83,7 +83,7 @@ def told(kept: Mapping[str, Any]) -> str:
 
 def _compressed(plan: Plan, row: str, folder: Path, bits: float | str) -> dict[str, Any]:
     from fusion.deltas import compress, restore
-    from harness.build import model_folder
+    from harness.model_folder import model_folder
 
     source = plan.recipe.variants[row].kept_from
     assert source

@@ -23,7 +23,8 @@ import torch
 
 from fusion.errors import RunError
 from harness.assets import prepare_data
-from harness.build import build, model_folder
+from harness.build import build
+from harness.model_folder import model_folder
 from harness.plan import plan
 from harness.progress import say
 from harness.recipe import load

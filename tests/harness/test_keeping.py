@@ -18,9 +18,10 @@ from fusion.corpus import read_blocks
 from fusion.errors import RecipeError, RunError
 from fusion.models import load_model
 from harness import keeping
-from harness.build import _carry_out, build, model_folder
+from harness.build import _carry_out, build
 from harness.keeping import _texts, keep_rows, restore_to
 from harness.measuring import Measuring
+from harness.model_folder import model_folder
 from harness.plan import Plan, plan
 from harness.recipe import parse
 from harness.run import run

@@ -16,11 +16,12 @@ import pytest
 
 from fusion.errors import RecipeError, RunError
 from harness import mirror, objects, worker
-from harness.build import build, make, model_folder
+from harness.build import build, make
 from harness.capturing import capture_share
 from harness.hosts import join
 from harness.jobs import Job
 from harness.locks import Lost, owned
+from harness.model_folder import model_folder
 from harness.plan import plan
 from harness.progress import lives, signs, working
 from harness.recipe import load, parse
