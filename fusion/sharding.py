@@ -46,6 +46,17 @@ def deepspeed_config(name: str | None) -> dict[str, Any] | None:
         ) from error
 
 
+def compile_nothing() -> None:
+    """Have DeepSpeed's processes on a CPU add up by gloo.
+
+    Else each machine first compiles a sum over shared memory, with all cores for a minute or more,
+    and fails where there is no compiler.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def sharding(deepspeed: str | None, fsdp: bool) -> str:
     """Which of SHARDINGS a recipe's machine means; a file by its stage and what it offloads."""
     if fsdp:

@@ -32,7 +32,7 @@ from fusion.errors import RunError
 from fusion.lora import adapt, write
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
-from fusion.sharding import deepspeed_config
+from fusion.sharding import compile_nothing, deepspeed_config
 from fusion.spec import Decay, Fuse, LoRA
 from fusion.targets import FusedTargets
 from fusion.training_log import TrainingLog
@@ -245,6 +245,8 @@ class FusionTrainer(Trainer):
 
 def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
     train, machine = job["train"], job["machine"]
+    if machine["deepspeed"] and machine["device"] == "cpu":
+        compile_nothing()
     share, left = divmod(train["batch_blocks"], world)
     if left:
         raise RunError(

@@ -238,6 +238,7 @@ def test_two_processes_by_a_file_give_the_loss_of_one(
     out = tmp_path / "two"
     job(prepared, out, deepspeed=str(config))
     launch(out / "job.json", 2)
+    assert "built successfully" not in (out / "training.log").read_text()
     for one, two in zip(rows(unbroken), rows(out), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-6)
         assert (one["learning_rate"], one["tokens"]) == (two["learning_rate"], two["tokens"])
