@@ -117,6 +117,21 @@ def _whole(parameter: nn.Parameter, part: str, optimizer: Any) -> Tensor:
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
+def exact(model: nn.Module, optimizer: Any, writes: bool) -> dict[str, Tensor]:
+    """What is saved of a model, trained weights in float32, where a process `writes`; all call it.
+
+    One process's training in bfloat16 leaves float32 weights; so do DeepSpeed's by this.
+    """
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    found = {name: buffer.cpu() for name, buffer in buffers.items()} if writes else {}
+    for name, parameter in trained(model).items():
+        value = _whole(parameter, WEIGHT, optimizer)
+        if writes:
+            found[name] = value.float().cpu()
+    return found
+
+
 def unround(model: nn.Module, optimizer: Any) -> None:
     """Give trained weights the float32 values that DeepSpeed updates; all processes call this.
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
@@ -334,7 +334,15 @@ def train(job: dict, own: Callable[[], None] = lambda: None) -> dict[str, float]
     trainer.remove_callback(PrinterCallback)  # the log has it all
     trainer.go_on(checkpoint)
     own()
-    if not lora:
+    if not lora and trainer.is_deepspeed_enabled:
+        # What it saves itself is rounded in bfloat16, and has tied weights twice.
+        found = restart.exact(trainer._own_model(), trainer._own_optimizer(), writes)
+        if writes:
+            trainer._own_model().save_pretrained(out, state_dict=found)
+            config = AutoConfig.from_pretrained(out)
+            config.dtype = torch.float32  # and not as it computed
+            config.save_pretrained(out)
+    elif not lora:
         trainer.save_model(str(out))
     else:
         restart.unround(trainer._own_model(), trainer._own_optimizer())

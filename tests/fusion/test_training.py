@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from transformers import AutoConfig
 
 from fusion.corpus import read_blocks, write_blocks
 from fusion.errors import RunError
@@ -19,7 +20,7 @@ from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
 from fusion.training import Blocks, train
 from fusion.vocabulary import build
-from tests.fusion.jobs import FSDP_ON_CPUS, TRAIN, in_two_processes, job, rows, weights
+from tests.fusion.jobs import ALIKE, FSDP_ON_CPUS, TRAIN, in_two_processes, job, rows, weights
 from tests.warm import Warm
 
 
@@ -109,6 +110,25 @@ def test_bfloat16_arithmetic_stays_near_float32(
         # bfloat16 has eight bits: three digits of a loss near six.
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=0.03)
     assert weights(tmp_path / "half")["model.norm.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+def test_weights_are_saved_as_they_were_trained_and_not_as_they_computed(
+    warm: Warm, prepared: dict[str, Any], tmp_path: Path, deepspeed: str
+) -> None:
+    """After a step of Adam a weight has moved by the rate, which bfloat16 would round away."""
+    rate = 1e-4
+    made = job(prepared, tmp_path / "two", deepspeed=deepspeed) | {"fuse": None, "sources": []}
+    made |= {"steps": 1}
+    made["train"] = TRAIN | {"dtype": "bfloat16", "learning_rate": rate, "weight_decay": 0.0}
+    (tmp_path / "two" / "job.json").write_text(json.dumps(made))
+    in_two_processes(warm, tmp_path / "two", ALIKE)
+    before, after = weights(Path(prepared["init"])), weights(tmp_path / "two")
+    assert after.keys() == before.keys()
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = (after[name] - before[name].bfloat16().float()).abs()
+    assert float(moved.median()) == pytest.approx(rate, rel=1e-2)
+    assert AutoConfig.from_pretrained(tmp_path / "two").dtype == torch.float32
 
 
 def test_packing_says_whether_documents_see_each_other(prepared: dict[str, Any]) -> None:
@@ -244,6 +264,7 @@ def test_two_processes_by_a_file_give_the_loss_of_one(
         assert (one["learning_rate"], one["tokens"]) == (two["learning_rate"], two["tokens"])
         assert float(one["clm"]) == pytest.approx(float(two["clm"]), rel=2e-6)
         assert one["coverage"] == two["coverage"]
+    assert weights(out).keys() == weights(unbroken).keys()
     for name, expected in weights(unbroken).items():
         # Adam divides by small square roots, so rounding of the summed gradients shows here.
         torch.testing.assert_close(weights(out)[name], expected, atol=2e-4, rtol=1e-3)
