@@ -338,7 +338,8 @@ def train(job: dict, own: Callable[[], None] = lambda: None) -> dict[str, float]
         # What it saves itself is rounded in bfloat16, and has tied weights twice.
         found = restart.exact(trainer._own_model(), trainer._own_optimizer(), writes)
         if writes:
-            trainer._own_model().save_pretrained(out, state_dict=found)
+            saved = cast("PreTrainedModel", trainer._own_model())
+            saved.save_pretrained(out, state_dict=found)
             config = AutoConfig.from_pretrained(out)
             config.dtype = torch.float32  # and not as it computed
             config.save_pretrained(out)

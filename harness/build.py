@@ -66,7 +66,11 @@ def make(plan: Plan, step: Step) -> str | None:
                 return None
             _bring(plan, step)
             forget_failure(step)
-            with working(plan.home, step.folder.name), mirror.sending(step.folder):
+            reads = [plan.steps[n].folder.name for n in step.needs if n in plan.steps]
+            with (
+                working(plan.home, step.folder.name, reads=reads),
+                mirror.sending(step.folder),
+            ):
                 _carry_out(plan, step)
     except (RecipeError, RunError) as error:  # a method may refuse what a recipe could say
         if not isinstance(error, Lost):  # else the folder is another's

@@ -19,7 +19,7 @@ from fusion.errors import RunError
 from harness import mirror
 from harness.locks import owned, require
 from harness.plan import Plan, Step
-from harness.progress import say
+from harness.progress import lives, say, signs
 from harness.store import read_manifest, require_space, world, write_json
 
 TEXTS, CHARACTERS = 24, 2000  # what a loss is measured on: so many documents, so much of each
@@ -40,13 +40,24 @@ def keep_rows(plan: Plan, rows: Sequence[str]) -> dict[str, str]:
             reasons[row] = str(world(error, step.folder) if isinstance(error, OSError) else error)
     for row in rows:  # last: until here, all of it is there, also what another row is kept from
         folder = plan.steps[plan.identities[row]].folder
-        if row not in reasons:
+        if row not in reasons and not _read_by_others(plan.home, row, folder):
             with owned(plan.home, folder.name):
                 mirror.bring(folder)
                 for path in _weights(folder):
                     path.unlink()
                 mirror.send(folder)
     return reasons
+
+
+def _read_by_others(home: Path, row: str, folder: Path) -> bool:
+    """Whether work of another recipe stands on a row's weights just now, which is then said."""
+    readers = [s for s in signs(home) if folder.name in s.get("reads", ()) and lives(s)]
+    for sign in readers:
+        say(
+            f"{row}: its weights stay, {sign['folder']} is being made from them (process "
+            f"{sign['pid']} on {sign['host']}); the next run removes them"
+        )
+    return bool(readers)
 
 
 def _keep(plan: Plan, row: str, step: Step, bits: float | str) -> None:

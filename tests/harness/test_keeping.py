@@ -23,6 +23,7 @@ from harness.keeping import _texts, keep_rows, restore_to
 from harness.measuring import Measuring
 from harness.model_folder import model_folder
 from harness.plan import Plan, plan
+from harness.progress import working
 from harness.recipe import parse
 from harness.run import run
 from harness.store import read_manifest
@@ -101,6 +102,17 @@ def test_rows_are_measured_then_kept_and_had_again(
     assert identity(row(home, "same")) == whole["same"]
     assert run(str(recipe)) == 0
     assert files(home).keys() - before.keys() == set(row(home, "user", 1).iterdir())
+    # Not while another recipe's work stands on them.
+    assert (
+        run(str(recipe), ["variants.user.merge.parameters={weights: [3, 1]}"], (), ("build",)) == 0
+    )
+    capsys.readouterr()
+    with working(home, "third", reads=[row(home, "same").name]):
+        assert run(str(recipe)) == 0
+        assert identity(row(home, "same")) == whole["same"]
+    assert "same: its weights stay, third is being made from them" in capsys.readouterr().err
+    assert run(str(recipe)) == 0
+    assert not list(row(home, "same").glob("*.safetensors"))
     # One that was kept with a loss is no ingredient, and is said to be none.
     capsys.readouterr()
     assert run(str(recipe), ["variants.user.merge.inputs=[near, one]"]) == 1
