@@ -93,6 +93,11 @@ def training(size: Size, lengths: Iterable[int], adapters: int | None = None) ->
     return 3 * forward(replace(size, body=size.body + adapters), rows) - size.per_token * sum(rows)
 
 
+def steps_of(blocks: int, batch: int, epochs: int) -> int:
+    """Optimizer steps of so many passes; the last of a pass takes what is left of it."""
+    return max(1, -(-blocks // batch)) * epochs
+
+
 def steps_within(costs: list[int], batch: int, budget: int) -> int:
     """The first optimizer step at which training has cost at least the budget; at least one.
 

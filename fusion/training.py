@@ -29,6 +29,7 @@ from fusion import restart
 from fusion.corpus import Piece, read_blocks
 from fusion.ending import end_with_parent
 from fusion.errors import RunError
+from fusion.flops import steps_of
 from fusion.lora import adapt, write
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
 from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
@@ -254,8 +255,7 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
             "step evenly; start a number of processes that divides them"
         )
     micro = max(n for n in range(1, machine["micro_batch"] + 1) if share % n == 0)
-    total = max(1, -(-job["blocks"] // train["batch_blocks"])) * train["epochs"]
-    total = job.get("steps") or total
+    total = job.get("steps") or steps_of(job["blocks"], train["batch_blocks"], train["epochs"])
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         per_device_train_batch_size=micro,
@@ -286,15 +286,20 @@ def _arguments(job: dict, out: Path, world: int) -> TrainingArguments:
         remove_unused_columns=False,
         report_to=[],
         dataloader_pin_memory=False,
-        disable_tqdm=not machine["progress"],
+        disable_tqdm=True,
         log_level="error",
     )
 
 
-def train(job: dict, own: Callable[[], None] = lambda: None) -> dict[str, float]:
+def train(
+    job: dict,
+    own: Callable[[], None] = lambda: None,
+    told: Callable[[int], None] = lambda step: None,
+) -> dict[str, float]:
     """Run one job and leave the target in job["out"]; facts about the run are returned.
 
     own: called before anything is written there, raises if the folder is no longer this job's.
+    told: called with each step that is done.
 
     Goes on from the last whole checkpoint; on one CPU process the final weights are the same bytes
     as those of an unbroken run.
@@ -315,7 +320,7 @@ def train(job: dict, own: Callable[[], None] = lambda: None) -> dict[str, float]
     writes = arguments.process_index == 0
     checkpoint = restart.agreed(out / "checkpoints", writes)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    log = TrainingLog(out / "training.csv", step, writes)
+    log = TrainingLog(out / "training.csv", step, writes, told)
     trainer = FusionTrainer(
         model=trained.train(),
         args=arguments,

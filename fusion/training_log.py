@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "clm", "fusion", "coverage",
 class TrainingLog(TrainerCallback):
     """Appends a line a step to `training.csv`; a resumed run cuts it back to its checkpoint.
 
-    Of several processes one `writes`.
+    Of several processes one `writes`. told: called with each step that is written.
     """
 
-    def __init__(self, path: Path, resumed_step: int, writes: bool = True) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        resumed_step: int,
+        writes: bool = True,
+        told: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.path, self.told = path, told
         self.started = time.monotonic()
         rows = []
         self.seconds, self.tokens = 0.0, 0
@@ -54,3 +61,4 @@ class TrainingLog(TrainerCallback):
         row = (state.global_step, self.tokens, round(seconds, 3), logs["loss"], clm, fusion)
         with self.path.open("a", newline="") as out:
             csv.writer(out).writerow([*row, coverage, logs["learning_rate"]])
+        self.told(state.global_step)

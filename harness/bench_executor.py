@@ -23,7 +23,13 @@ from harness.schedule import Room, bound, critical, names, paths, simulate, util
 from harness.store import home, read_manifest
 
 SWEEP, GPU, WORKERS = "fusellm", "a100", 64
-FINISHED = ("ablation", "fusellm_small", "mutual_small", "quickstart", "tiny")  # looked for in the store
+FINISHED = (
+    "ablation",
+    "fusellm_small",
+    "mutual_small",
+    "quickstart",
+    "tiny",
+)  # looked for in the store
 CURVE = (1, 2, 4, 8, 16, 24, 32, 48, WORKERS)
 
 

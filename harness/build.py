@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from fusion.spec import Merge
 from harness import mirror
 from harness.capturing import capture_step, with_shares
 from harness.costs import Meter, budget, counted, written
-from harness.launching import launch
+from harness.launching import last_step, launch
 from harness.locks import Lost, owned, require
 from harness.model_folder import model_folder
 from harness.plan import Plan, Step, inputs
@@ -323,7 +322,6 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
             "checkpoint_every": machine.checkpoint_every,
             "deepspeed": _deepspeed(machine.deepspeed),
             "fsdp": machine.fsdp,
-            "progress": sys.stderr.isatty(),
         },
     }
     if train.lora:
@@ -336,19 +334,42 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
         trained = lora.adapter_weights(skeleton(job["init"]), train.lora, where)
     write_json(step.folder / "job.json", job)
     own = partial(require, plan.home, step.folder.name)
-    if _launches(plan):
-        launch(step.folder / "job.json", machine.processes, machine.hosts, own)
-        facts: dict[str, Any] = {"processes": machine.processes, "hosts": machine.hosts}
-    else:
-        from fusion.training import train as run
+    with _steps(plan, step, job) as told:
+        if _launches(plan):
 
-        facts = dict(run(job, own))
+            def beat() -> None:
+                own()
+                told(last_step(step.folder / "training.csv"))
+
+            launch(step.folder / "job.json", machine.processes, machine.hosts, beat)
+            facts: dict[str, Any] = {"processes": machine.processes, "hosts": machine.hosts}
+        else:
+            from fusion.training import train as run
+
+            facts = dict(run(job, own, told))
     facts |= {"budget_flops": flops} if flops else {}
     facts |= {"trained_weights": trained, "peft": version("peft")} if train.lora else {}
     if train.fuse is None:
         return facts
     stores = [source["store"] for source in sources if "store" in source]
     return facts | {"won": won(train.fuse.sources, stores, job["corpus"]) if stores else None}
+
+
+@contextmanager
+def _steps(plan: Plan, step: Step, job: dict[str, Any]) -> Iterator[Callable[[int], None]]:
+    """Progress of a training; call what it yields with the last step that is done."""
+    from fusion.flops import steps_of
+    from fusion.restart import last_checkpoint
+
+    facts = (read_manifest(plan.steps[step.content["corpus"]].folder) or {})["facts"]
+    train = job["train"]
+    total = job["steps"] or steps_of(facts["blocks"], train["batch_blocks"], train["epochs"])
+    checkpoint = last_checkpoint(step.folder / "checkpoints")
+    before = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if before:
+        say(f"{step.name}: {before} of {total} steps trained before, going on")
+    with bar(f"{step.name} · steps", total - before) as progress:
+        yield lambda done: progress(max(0, done - before))
 
 
 def _statistics(plan: Plan, step: Step) -> dict[str, Any]:

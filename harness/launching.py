@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import socket
@@ -116,6 +117,15 @@ def _look(path: Path) -> None:
             f"{lost[0]} is not on this host; hosts share the store at the same path, and models of "
             "the hub, too (HF_HOME)"
         )
+
+
+def last_step(path: Path) -> int:
+    """The last step of a log that another process may be writing; 0 if it has none yet."""
+    try:
+        with path.open(newline="") as lines:
+            return max((int(row["step"]) for row in csv.DictReader(lines)), default=0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _written(job: Path) -> None:

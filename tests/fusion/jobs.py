@@ -30,7 +30,6 @@ MACHINE = {
     "gradient_checkpointing": False,
     "checkpoint_every": 2,
     "deepspeed": None,
-    "progress": False,
 }
 
 # accelerate shards by FSDP on accelerators only; told that these are some, it does on CPUs, too.

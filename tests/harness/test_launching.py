@@ -12,6 +12,15 @@ from fusion.errors import RunError
 from harness import launching
 
 
+def test_the_last_step_of_a_log_is_read_while_it_is_written(tmp_path: Path) -> None:
+    log = tmp_path / "training.csv"
+    assert launching.last_step(log) == 0
+    log.write_text("step,tokens,loss\n")
+    assert launching.last_step(log) == 0
+    log.write_text("step,tokens,loss\n1,20,3.0\n2,40,2.9\n")
+    assert launching.last_step(log) == 2
+
+
 def test_a_training_ends_when_it_is_no_longer_this_command_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
