@@ -37,7 +37,8 @@ def jobs(plan: Plan, steps: Sequence[Step]) -> list[Job]:
     """How each step stands, in the order in which `kfuse run` carries them out.
 
     A step that is not done is expected to take what finished ones like it took on average: of its
-    kind, a measurement of its suite.
+    kind, a measurement of its suite; while none is finished, what one that is running will take by
+    how far it is.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for sign in signs(plan.home):
@@ -48,6 +49,11 @@ def jobs(plan: Plan, steps: Sequence[Step]) -> list[Job]:
         seconds = ((manifests[step.identity] or {}).get("cost") or {}).get("seconds")
         if seconds is not None:
             took.setdefault(_like(step), []).append(float(seconds))
+    for step in steps:
+        if manifests[step.identity] is None and not took.get(_like(step)):
+            living = [sign for sign in found.get(step.folder.name, ()) if lives(sign)]
+            if any(sign.get("done") for sign in living):
+                took[_like(step)] = [_spent(living) + (_left(living, None) or 0.0)]
     out = []
     for step in steps:
         known = took.get(_like(step), [])
@@ -100,9 +106,13 @@ def _where(sign: dict[str, Any]) -> str:
     return f"{far}{minutes:.0f} min on {sign['host']} (process {sign['pid']})"
 
 
+def _spent(signs: Sequence[dict[str, Any]]) -> float:
+    return max(float(s["seen"]) - float(s["since"]) + s["age"] for s in signs)
+
+
 def _left(signs: Sequence[dict[str, Any]], expected: float | None) -> float | None:
     """Seconds until running work is over: by how far it is, else by what like work took."""
-    spent = max(float(s["seen"]) - float(s["since"]) + s["age"] for s in signs)
+    spent = _spent(signs)
     done = sum(sign.get("done", 0) for sign in signs)
     if done:
         total = sum(sign.get("total", 0) for sign in signs)

@@ -109,6 +109,16 @@ def test_running_work_ends_by_how_far_it_is(planned: Plan) -> None:
     assert job.detail.startswith("25 of 100, 1 min on ")
 
 
+def test_while_none_is_done_others_take_what_a_running_one_will(planned: Plan) -> None:
+    one, other = [s for s in planned.builds() if s.kind == "fetch"][:2]
+    assert states(planned)[f"fetch {other.name}"].seconds is None
+    sign(planned, one.folder.name, done=25, total=100)
+    assert states(planned)[f"fetch {other.name}"].seconds == pytest.approx(240, rel=0.05)
+    other.folder.mkdir(parents=True)
+    finish(other.folder, {"cost": {"seconds": 7.0}})
+    assert states(planned)[f"fetch {one.name}"].seconds == pytest.approx(180, rel=0.05)
+
+
 def test_a_failure_is_told_with_its_reason(planned: Plan) -> None:
     step = next(s for s in planned.builds() if s.kind == "fetch")
     step.folder.mkdir(parents=True)
