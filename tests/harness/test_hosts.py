@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -316,3 +317,11 @@ def test_training_processes_end_with_a_command_that_is_killed(tmp_path: Path) ->
     for process in alive:
         process.kill()
     assert not alive
+
+
+def test_hosts_that_train_together_need_a_folder(store: Path, at: Callable[[str], Path]) -> None:
+    at("first")
+    with pytest.raises(RecipeError, match=r"machine\.hosts: is 2, .* KFUSE_HOME is file://"):
+        run("tiny", ["machine.hosts=2"])
+    with pytest.raises(RecipeError, match=r"machine\.hosts: is 2"):
+        join("tiny", ["machine.hosts=2"])

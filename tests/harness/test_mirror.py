@@ -1,4 +1,4 @@
-"""Machines with an object store between them: what one makes the others bring, whole, once."""
+"""What goes between a mirror and its store: whole, in order, and none of it twice."""
 
 from __future__ import annotations
 
@@ -6,148 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fusion.errors import RecipeError, RunError
-from harness import mirror, objects, worker
-from harness.build import build, make
-from harness.capturing import capture_share
-from harness.hosts import join
-from harness.jobs import Job
-from harness.locks import Lost, owned
-from harness.model_folder import model_folder
-from harness.plan import plan
-from harness.progress import lives, signs, working
-from harness.recipe import load, parse
-from harness.run import run
+from fusion.errors import RunError
+from harness import mirror, objects
 from harness.store import finish, home, read_manifest, write_json
-from harness.worker import Setting, do
+from tests.harness.mirrors import files, made
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# What tells when or where something was made, and what it took.
-OCCASION = ("manifest.json", "ledger.jsonl", "job.json", "training.csv", "header.json")
-RECIPE = """
-sources: {llama: {path: "tiny:llama"}}
-corpus: {path: "tiny:corpus", blocks: 64, tokens: 512}
-variants:
-  fused:
-    train: {init: llama, fuse: {sources: [llama], function: min_ce, clm_weight: 0.9}}
-    keep: {bits: exact, base: llama}
-evaluate: {suites: [tiny_text], limit: 4}
-reference: llama
-"""
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder behind a store that is named by a URL."""
-    monkeypatch.setenv("KFUSE_HOME", f"file://{tmp_path / 'store'}")
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def at(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Be on a machine, with a mirror of its own."""
-
-    def go(name: str) -> Path:
-        monkeypatch.setenv("KFUSE_MIRROR", str(tmp_path / name))
-        monkeypatch.setattr(mirror, "_seen", set())
-        return tmp_path / name
-
-    return go
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Files by path, without work in progress and what a machine keeps for itself."""
-    found = [p for p in folder.rglob("*") if p.is_file()]
-    names = {str(p.relative_to(folder)): p for p in found}
-    return {n: p.read_bytes() for n, p in names.items() if not objects.hidden(n)}
-
-
-def made(folder: Path) -> Path:
-    """A folder in which something was made, not finished yet."""
-    (folder / "parts").mkdir(parents=True)
-    (folder / "parts" / "one.bin").write_bytes(b"one" * 1000)
-    write_json(folder / "index.json", {"one": 3000})
-    return folder
-
-
-def test_one_machine_makes_and_measures_and_another_has_it(
-    store: Path,
-    at: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    first = at("first")
-    assert run(str(recipe)) == 0
-    there = files(store)
-    assert not [name for name in there if name.startswith("running/")]
-    assert [n for n in there if n.endswith("model.delta")]
-    weights = [n for n in there if n.endswith(".safetensors")]
-    assert {n.split("/")[1].partition("-")[0] for n in weights} == {"llama"}, "fused is kept"
-    assert {n: there[n] for n in there if n in files(first)} == there
-    capsys.readouterr()
-
-    second = at("second")
-    planned = plan(load(str(recipe)).recipe, home())
-    assert all(step.done for step in planned.steps.values())
-    assert not list(second.rglob("*.safetensors")), "weights come when they are read"
-    before = {p: p.stat().st_mtime_ns for p in store.glob("[!r]*/*/*")}
-    assert run(str(recipe)) == 0
-    assert "nothing to do" in capsys.readouterr().err
-    assert {p: p.stat().st_mtime_ns for p in store.glob("[!r]*/*/*")} == before
-    assert list(model_folder(planned, "fused").glob("*.safetensors")), "from the difference"
-    own = files(second)
-    assert {n for n in weights if own[n] != there[n]} == set()
-
-    cut = next(store.glob("evaluations/fused-*/samples-*.parquet"))
-    os.truncate(cut, cut.stat().st_size - 1)
-    at("third")
-    assert run(str(recipe)) == 0
-    assert "its items are measured again" in capsys.readouterr().err
-    assert files(store)[str(cut.relative_to(store))] == there[str(cut.relative_to(store))]
-
-    monkeypatch.setenv("KFUSE_HOME", str(tmp_path / "alone"))
-    assert run(str(recipe)) == 0
-    alone = files(tmp_path / "alone")
-    rooms = ("distributions/", "models/", "evaluations/")
-    assert {n for n in alone if n.startswith(rooms)} == {n for n in there if n.startswith(rooms)}
-    for name, content in there.items():
-        if name.startswith(rooms) and Path(name).name not in OCCASION:
-            assert content == alone[name], name
-
-
-def test_what_another_has_begun_is_gone_on_with(store: Path, at: Callable[[str], Path]) -> None:
-    recipe = parse(RECIPE, "recipe")
-    at("first")
-    planned = plan(recipe, home())
-    assert build(planned, ["llama"]) == {}
-    (capture,) = (step for step in planned.builds() if step.kind == "capture")
-    (pack,) = (step for step in planned.builds() if step.kind == "pack")
-    assert make(planned, pack) is None
-    capture_share(planned, capture, 0, 2)
-    begun = files(store)
-    assert any(n.endswith(".bin") for n in begun)
-
-    at("second")
-    planned = plan(recipe, home())
-    (capture,) = (step for step in planned.builds() if step.kind == "capture")
-    assert not capture.done
-    assert make(planned, capture) is None
-    after = files(store)
-    shards = [n for n in begun if n.endswith(".bin")]
-    assert {n: after[n] for n in shards} == {n: begun[n] for n in shards}
-    assert not [n for n in after if "shard-" in n and n.endswith(".json")], "gathered"
-    assert not [n for n in after if n.endswith("ledger.jsonl")], "it is in the manifest's cost"
 
 
 def test_the_manifest_is_sent_last_and_what_says_after_what_it_says(
@@ -293,34 +163,6 @@ def test_a_manifest_that_another_took_back_is_not_believed(
     assert (first / "index.json").exists()
 
 
-def test_what_is_worked_on_is_sent_meanwhile_and_in_the_end(
-    store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mirror, "EVERY", 0.02)
-    folder = at("first") / "models" / "one-00000000"
-    there = store / "models" / "one-00000000"
-    with mirror.sending(folder):
-        made(folder)
-        while not (there / "index.json").exists():
-            pass
-    finish(folder, {})
-    (folder / "two.bin").write_text("two")
-    with pytest.raises(ZeroDivisionError), mirror.sending(folder):
-        raise ZeroDivisionError
-    assert (there / "two.bin").exists()
-    assert (there / "manifest.json").exists()
-
-
-def test_who_lost_a_folder_s_lock_sends_nothing_of_it(
-    store: Path, at: Callable[[str], Path]
-) -> None:
-    folder = made(at("first") / "models" / "one-00000000")
-    lock = home() / "running" / "one-00000000.lock"
-    with owned(home(), folder.name), pytest.raises(Lost), mirror.sending(folder):
-        objects.remove(lock)
-    assert not files(store)
-
-
 def test_a_mirror_belongs_to_one_store(
     store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,97 +214,6 @@ def test_a_mirror_without_a_name_is_in_the_cache_and_the_url_s_own(
     assert found[0].parent == tmp_path / "kfuse"
 
 
-def test_a_worker_has_a_mirror_of_its_own_and_tells_why_it_cannot_see_the_store(
-    store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = at("command")
-    planned = plan(parse(RECIPE, "recipe"), home())
-    sign = command / "running" / "sweep"
-    setting = Setting.here(sign)
-    assert "KFUSE_MIRROR" not in setting.environment
-    fetch = next(step for step in planned.builds() if step.kind == "fetch")
-    job = Job(fetch.identity, "make", fetch, "llama")
-    node = at("node")
-    assert "does not see the store" in str(do(planned, job, setting).unfit)
-    objects.write(node / "running" / "sweep", "{}")
-    done = do(planned, job, setting)
-    assert (done.reason, done.unfit) == (None, None)
-    assert list(node.glob("models/*/model.safetensors"))
-    assert not list(command.glob("models/*"))
-    (pack,) = (step for step in planned.builds() if step.kind == "pack")
-    other = at("other")
-    assert (
-        do(planned, Job(pack.identity, "make", pack, "fused", pack.needs), setting).reason is None
-    )
-    assert list(other.glob("models/*/model.safetensors"))
-    at("command")
-    assert not pack.done
-    mirror.learn(home())
-    assert pack.done
-
-    def broken(*_: object) -> dict:
-        raise RunError("no room")
-
-    monkeypatch.setitem(worker.WORK, "make", broken)  # type: ignore[arg-type]
-    at("node")
-    assert do(planned, job, setting).reason == "no room"
-
-
-def test_hosts_that_train_together_need_a_folder(store: Path, at: Callable[[str], Path]) -> None:
-    at("first")
-    with pytest.raises(RecipeError, match=r"machine\.hosts: is 2, .* KFUSE_HOME is file://"):
-        run("tiny", ["machine.hosts=2"])
-    with pytest.raises(RecipeError, match=r"machine\.hosts: is 2"):
-        join("tiny", ["machine.hosts=2"])
-
-
-def test_signs_of_work_are_seen_from_elsewhere_and_go_again(
-    store: Path, at: Callable[[str], Path]
-) -> None:
-    first = at("first")
-    with working(first, "one-00000000"):
-        while not list(store.glob("running/*.json")):
-            pass
-        second = at("second")
-        mirror.learn(home())
-        assert [sign["folder"] for sign in signs(second)] == ["one-00000000"]
-        at("first")
-    at("second")
-    mirror.learn(home())
-    assert signs(second) == []
-    objects.write(second / "running" / "two.json", '{"folder": "two", "host": "elsewhere"}')
-    os.utime(store / "running" / "two.json", (1e9, 1e9))
-    mirror.learn(home())
-    assert [lives(sign) for sign in signs(second)] == [False], "by when it was written there"
-
-
-def test_what_was_finished_here_is_not_sent_while_another_is_at_it(
-    store: Path, at: Callable[[str], Path]
-) -> None:
-    first = at("first")
-    mine = made(first / "models" / "one-11111111")
-    finish(mine, {"by": "first"})  # and could not be sent
-    second = at("second")
-    theirs = second / "models" / "one-11111111"
-    (theirs / "checkpoints").mkdir(parents=True)
-    (theirs / "checkpoints" / "s.bin").write_bytes(b"s")
-    (theirs / "index.json").write_text("{}")
-    mirror.send(theirs)
-    before = files(store)
-    lock = '{"host": "another", "space": "", "pid": 1, "born": 0, "token": "x"}'
-    assert objects.create(second / "running" / "one-11111111.lock", lock)
-    at("first")
-    mirror.learn(first)
-    after = files(store)
-    assert {n: after[n] for n in before} == before
-    assert "models/one-11111111/manifest.json" not in after
-    objects.remove(first / "running" / "one-11111111.lock")
-    mirror.learn(first)
-    assert {n: data for n, data in files(store).items() if n.startswith("models/")} == {
-        n: data for n, data in files(first).items() if n.startswith("models/")
-    }, "nobody is at it any more: it is finished, and all of it is the first one's"
-
-
 def test_a_manifest_goes_with_the_files_that_it_is_of(
     store: Path, at: Callable[[str], Path]
 ) -> None:
@@ -502,26 +253,3 @@ def test_a_store_that_was_emptied_in_order_is_used(store: Path, at: Callable[[st
     mirror.remove(folder / "failed.json")
     assert not files(store)
     mirror.learn(home())
-
-
-def test_a_sending_that_is_under_way_ends_before_the_lock_is_given_back(
-    store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = made(at("first") / "models" / "one-11111111")
-    begun, late = threading.Event(), threading.Event()
-    send, sent = mirror.send, []
-
-    def slow(path: Path, exact: bool = False) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            begun.set()
-            time.sleep(0.5)
-        sent.append(late.is_set())
-        send(path, exact)
-
-    monkeypatch.setattr(mirror, "EVERY", 0.01)
-    monkeypatch.setattr(mirror, "send", slow)
-    with pytest.raises(ZeroDivisionError), mirror.sending(folder):
-        _ = 1 / 0 if begun.wait(5) else None
-    late.set()
-    time.sleep(0.7)
-    assert sent == [False, False]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from harness import progress
 from harness.plan import plan
-from harness.progress import LOST, bar, working
+from harness.progress import LOST
 from harness.recipe import load
 from harness.run import asked
 from harness.status import Job, jobs, summary, table
@@ -136,30 +133,6 @@ def test_a_half_written_sign_and_names_with_brackets_do_no_harm(planned: Plan) -
     with console.capture() as captured:
         console.print(table(list(states(planned).values())))
     assert "train clm" in captured.get()
-
-
-def test_whoever_works_is_seen_while_it_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "BEAT", 0.02)
-    seen = []
-    with working(tmp_path, "folder-1"), bar("work", 4) as told:
-        told(3)
-        deadline = time.monotonic() + 10
-        while not seen or seen[-1].get("done") != 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-            seen += [json.loads(p.read_text()) for p in (tmp_path / "running").glob("[!.]*.json")]
-        assert seen[-1]["total"] == 4
-        assert seen[-1]["pid"] == os.getpid()
-    assert not list((tmp_path / "running").glob("*.json"))
-    assert threading.active_count() < 50
-
-
-def test_a_store_that_takes_nothing_does_not_stop_the_work(tmp_path: Path) -> None:
-    (tmp_path / "running").write_text("a file where the folder should be")
-    with working(tmp_path, "folder-1"):
-        pass
 
 
 def test_a_failed_build_and_its_status_by_command(

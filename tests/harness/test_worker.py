@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from harness import worker
+from fusion.errors import RunError
+from harness import mirror, objects, worker
 from harness.jobs import Job
 from harness.plan import Plan, plan
 from harness.recipe import load
-from harness.store import finish
+from harness.store import finish, home
 from harness.worker import Setting, do
 
 
@@ -100,3 +102,35 @@ def test_a_node_outside_a_checkout_knows_no_commit(planned: Plan, setting: Setti
     packages = setting.made_by["packages"] | {"numpy": "0.1"}
     other = replace(setting, made_by=setting.made_by | {"packages": packages})
     assert "numpy" in (do(planned, first(planned, "fetch"), other).unfit or "")
+
+
+def test_a_worker_has_a_mirror_of_its_own_and_tells_why_it_cannot_see_the_store(
+    store: Path, at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = at("command")
+    planned = plan(load("tiny").recipe, home())
+    sign = command / "running" / "sweep"
+    setting = Setting.here(sign)
+    assert "KFUSE_MIRROR" not in setting.environment
+    job, pack = first(planned, "fetch"), first(planned, "pack")
+    node = at("node")
+    assert "does not see the store" in str(do(planned, job, setting).unfit)
+    objects.write(node / "running" / "sweep", "{}")
+    done = do(planned, job, setting)
+    assert (done.reason, done.unfit) == (None, None)
+    assert list(node.glob("models/*/model.safetensors"))
+    assert not list(command.glob("models/*"))
+    other = at("other")
+    assert do(planned, pack, setting).reason is None
+    assert list(other.glob("models/*/model.safetensors"))
+    at("command")
+    assert not pack.step.done
+    mirror.learn(home())
+    assert pack.step.done
+
+    def broken(*_: object) -> dict:
+        raise RunError("no room")
+
+    monkeypatch.setitem(worker.WORK, "make", broken)  # type: ignore[arg-type]
+    at("node")
+    assert do(planned, job, setting).reason == "no room"
