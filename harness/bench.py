@@ -32,7 +32,8 @@ from harness.bench_ensembles import ensembles
 from harness.bench_executor import executor
 from harness.bench_merging import merging
 from harness.bench_report import report
-from harness.build import build, device
+from harness.build import build
+from harness.machine import device
 from harness.model_folder import model_folder
 from harness.parity import parity
 from harness.peers import scoring

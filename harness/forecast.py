@@ -18,6 +18,7 @@ from fusion.conversations import CHAT, words
 from fusion.errors import RunError
 from fusion.spec import Train
 from harness.evaluate import Item, Loaded
+from harness.machine import device
 from harness.steps import Plan, Step, root
 from harness.store import existing
 from reports.corpus import CORPUS_METRICS
@@ -109,7 +110,6 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
 
     steps: as `run.pending` gives them. gpu: a key of `fusion.rates.GPUS`.
     """
-    from harness.build import device
     from harness.measuring import Measuring
 
     where = gpu or device(plan)

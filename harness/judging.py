@@ -26,6 +26,7 @@ import numpy as np
 
 from fusion.errors import RunError
 from harness import mirror
+from harness.machine import device
 from harness.progress import bar
 from harness.recipe import Judge
 from harness.store import identity, write_json
@@ -348,7 +349,6 @@ def local(plan: Plan, row: str) -> Ask:
 
     def ask(prompt: str, number: int) -> tuple[str, int]:
         from fusion.conversations import asking
-        from harness.build import device
         from harness.model_folder import model_folder
         from harness.scoring import Instance, SharedPrefixLM
 

@@ -18,6 +18,7 @@ from typing import Any
 from fusion.errors import RunError
 from harness import mirror
 from harness.locks import owned, require
+from harness.machine import device
 from harness.plan import Plan, Step
 from harness.progress import lives, say, signs
 from harness.store import read_manifest, require_space, world, write_json
@@ -159,7 +160,6 @@ def bits_per_byte(plan: Plan, folder: Path, texts: Sequence[str]) -> float:
         token_logprobs,
     )
     from fusion.tokens import tokenize
-    from harness.build import device
 
     model, tokenizer = load_model(folder, device=device(plan)), load_tokenizer(folder)
     bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []

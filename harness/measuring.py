@@ -12,10 +12,11 @@ from fusion.errors import RunError
 from fusion.vocabulary import load_map
 from harness import mirror
 from harness.backends import StockLM
-from harness.build import device, forget_failure, note_failure
+from harness.build import forget_failure, note_failure
 from harness.ensembles import EnsembleLM
 from harness.evaluate import Loaded, answer, load, unfinished
 from harness.locks import owned
+from harness.machine import device
 from harness.model_folder import model_folder
 from harness.plan import Plan, Step, inputs, suite_of
 from harness.progress import say

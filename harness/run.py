@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fusion.errors import RecipeError, RunError
 from harness import mirror
 from harness.hosts import calling, refuse_objects
+from harness.machine import device
 from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
@@ -86,7 +87,6 @@ def _warn_of_slow_arithmetic(planned: Plan) -> None:
     if "bfloat16" not in (recipe.evaluate.dtype, *trained):
         return
     from fusion.rates import bfloat16_slowdown
-    from harness.build import device
 
     if device(planned).startswith("cpu") and (times := bfloat16_slowdown()) > 3:
         say(

@@ -18,6 +18,7 @@ from typing import Any
 
 from fusion.errors import RunError
 from harness.evaluate import Loaded, packs
+from harness.machine import device
 from harness.plan import Plan, Step
 from harness.progress import bar
 from harness.samples import part
@@ -36,8 +37,6 @@ class Share:
 def devices(plan: Plan) -> list[str]:
     """A device for each shard: the GPUs in turn, or the one that the recipe names."""
     import torch
-
-    from harness.build import device
 
     place = device(plan)
     count = torch.cuda.device_count() if place == "cuda" else 0

@@ -20,8 +20,9 @@ from fusion.distributions import open_store
 from fusion.flops import forward, size, training
 from fusion.measures import bits_per_byte
 from fusion.models import load_model
-from harness.build import build, held_gpus
+from harness.build import build
 from harness.costs import Meter, counting, flops, gpus, source_lengths, spent_on
+from harness.machine import held_gpus
 from harness.measuring import measure_rows
 from harness.plan import Plan, plan
 from harness.recipe import Loaded, parse
