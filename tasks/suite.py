@@ -20,6 +20,7 @@ _NOT_SUITES = (
     "__init__",
     "suite",
     "datasets",
+    "domains",
     "questions",
     "open_questions",
     "published",

@@ -13,7 +13,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from tasks.datasets import DATASETS, held_out, passages
+from tasks.datasets import DATASETS
 from tasks.suite import DEFINITIONS, known_suites, load_suite
 
 
@@ -79,17 +79,6 @@ def test_the_81_exemplars_are_asked_without_their_own_solution() -> None:
             assert document["prompt"].endswith("A: Let's think step by step.\n")
             assert document["prompt"].count(document["input"]) == 1
     assert total == 81
-
-
-def test_documents_are_held_out_whole_and_passages_lose_nothing() -> None:
-    texts = [f"Sentence {i} is here. Another follows it. " * 120 for i in range(200)]
-    share = sum(map(held_out, texts)) / len(texts)
-    assert 0.02 < share < 0.12
-    for text in texts[:5]:
-        parts = list(passages(text))
-        assert all(len(part) <= 2500 for part in parts)
-        assert "".join("".join(parts).split()) == "".join(text.split())
-    assert list(passages("Short.")) == ["Short."]
 
 
 def test_prompts_are_those_of_the_stock_tasks(shared: Path, tmp_path: Path) -> None:
