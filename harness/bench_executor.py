@@ -12,11 +12,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from harness.forecast import Questions, Work, counted, rates_of, works
+from harness.forecast import Work, rates_of, works
 from harness.jobs import Job, Machines, builds, measurement, questions
 from harness.measuring import Measuring
 from harness.plan import Plan, Step, plan
 from harness.progress import say
+from harness.questions import Questions, counted
 from harness.recipe import load
 from harness.run import asked
 from harness.schedule import Room, bound, critical, names, paths, simulate, utilisation, width

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fusion.rates import SUSTAINED
 from fusion.sharding import SHARDINGS, kept
-from harness.forecast import DISAGREE, Forecast, Work, gib
+from harness.forecast import Forecast, Work, gib
+from harness.questions import DISAGREE
 
 UNKNOWN = "not known before it is measured"
 

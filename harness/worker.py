@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from fusion.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
-    from harness.forecast import Questions
     from harness.jobs import Job
     from harness.measuring import Measuring
     from harness.plan import Plan
+    from harness.questions import Questions
 
 PATIENCE = 60.0  # seconds until what another machine has written must be seen here
 INHERITED = ("KFUSE_", "HF_", "OMP_", "MKL_", "TOKENIZERS_")  # beginnings of environment variables
@@ -184,7 +184,7 @@ def _measuring(plan: Plan) -> Measuring:
 
 def _questions(plan: Plan, job: Job) -> Mapping[str, Any]:
     from harness.evaluate import packs
-    from harness.forecast import counted
+    from harness.questions import counted
 
     measuring = _measuring(plan)
     found = packs(job.step, measuring.suite(job.step))

@@ -6,22 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lm_eval.api.instance import Instance
 
 from fusion import rates
-from fusion.conversations import asking
 from fusion.errors import RecipeError, RunError
 from fusion.flops import forward, size, training
 from fusion.models import skeleton
 from harness import forecast as module
 from harness.build import build
-from harness.evaluate import Item
-from harness.forecast import Forecast, Questions, Work, forecast
+from harness.forecast import Forecast, Work, forecast
 from harness.forecast_table import duration, sums, table
 from harness.plan import plan
+from harness.questions import Questions
 from harness.recipe import parse
 from harness.run import foresee, overview, pending
-from tasks.suite import known_suites, load_suite
 
 TEXT = """
 sources:
@@ -230,19 +227,3 @@ def test_brackets_in_names_are_text_in_what_would_be_done(home: Path) -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
-
-
-def test_a_conversation_is_counted_as_it_is_read() -> None:
-    """Neither as the JSON that holds it, nor with the plain text for models without a template."""
-    shot = [("user", 'Say "é".'), ("assistant", "é" * 40)]
-    items = []
-    for number in range(3):
-        prompt = asking([*shot, ("user", f"{number}?")], "plain " * 500)
-        items.append(Item("task", number, {}, [Instance("generate_until", {}, (prompt, {}), 0)]))
-    said = "".join(text + "\n\n" for _, text in shot)
-    assert module._read(items, 3, len) == len(said) + 3 * len("0?")
-
-
-def test_what_a_judge_gives_is_not_right_or_wrong() -> None:
-    judged = [suite for suite in map(load_suite, known_suites()) if suite.judged]
-    assert {task.metric for suite in judged for task in suite.tasks} <= module.UNLIKE
