@@ -105,7 +105,7 @@ def _recorded(step: Step, work: Work) -> Work:
 
 
 def _packs(measuring: Measuring, measured: Sequence[tuple[Step, Work]]) -> dict[str, int]:
-    from harness.evaluate import packs
+    from harness.answering import packs
 
     first = {step.name: step for step, _ in reversed(measured)}
     return {name: len(packs(step, measuring.suite(step))) for name, step in first.items()}

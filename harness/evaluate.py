@@ -1,18 +1,14 @@
-"""Measure one row on one suite: lm-eval's tasks, prompts and filters; our run loop.
+"""What a suite asks, by lm-eval's tasks, prompts and filters; `answering` has it answered.
 
-Prompts and packs are formed once from all items of a measurement, whatever is left to do and
-whoever does it. A pack is what goes to the model and to the disk together, so a measurement that is
-interrupted loses one pack, may be shared out to any number of processes, and comes to the same
-records, byte for byte. Scores are derived from them in a second pass (`scores`) without a model.
+Prompts are formed once from all items of a measurement, whatever is left to do and whoever does it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,22 +23,12 @@ from lm_eval.tasks import TaskManager
 
 from fusion.conversations import asking, said_in
 from fusion.errors import RunError
-from fusion.flops import FlopCounter
-from harness import mirror
-from harness.asking import ask, read_as, record, times
-from harness.costs import Meter, counting, flops, gpus, spent_on
 from harness.hashing import data_hashes, definition_hash
-from harness.locks import owned, require
-from harness.packing import item_batches
-from harness.plan import Plan, Step
-from harness.progress import bar, say, working
-from harness.samples import part, problem, set_aside, spend, waiting, write
 from harness.store import identity
 from reports.corpus import CORPUS_METRICS
 from tasks.suite import DEFINITIONS, Suite, Task, load_suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
-GENERATED = 64  # generations of a pack; items of log-likelihoods: packing.CHOICE_ITEMS
 
 
 @dataclass
@@ -87,14 +73,6 @@ class Loaded:
         """Hash of what defines the suite and of every question and prompt that is measured."""
         asked = [[*item.key, *item.hashes] for item in self.items]
         return identity([definition_hash(self.suite.name), asked, self.hashes])[:12]
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Items that are measured and written together, and the label of their part."""
-
-    items: list[Item]
-    label: dict[str, Any]
 
 
 def load(name: str, data: Path, limit: int | None, seed: int, given: Suite | None = None) -> Loaded:
@@ -244,115 +222,6 @@ def _items(task: str, instances: Sequence[Instance]) -> Iterator[Item]:
     for doc_id, requests in by_doc.items():
         requests.sort(key=lambda request: request.idx)
         yield Item(task, doc_id, dict(requests[0].doc), requests)
-
-
-def packs(step: Step, loaded: Loaded) -> list[Pack]:
-    """All items of a measurement in packs, always the same ones; no machine setting moves them."""
-    formed = [some for pack in item_batches(loaded.items, GENERATED) for some in _cut(pack)]
-    label = {"measurement": step.identity, "protocol": loaded.protocol, "packs": len(formed)}
-    return [
-        Pack(
-            items,
-            {**label, "pack": number, "items": identity([[*i.key, *i.hashes] for i in items])},
-        )
-        for number, items in enumerate(formed)
-    ]
-
-
-def measure(plan: Plan, step: Step, loaded: Loaded, lm: Any) -> None:
-    """Write the records that are missing, then derive scores and write the manifest."""
-    from harness.scores import score
-
-    answer(step, loaded, lm)
-    score(plan, step, loaded)
-
-
-def _cut(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Items whose generations are no more than a pack's, however often each is sampled."""
-    generates = items[0].requests[0].request_type == "generate_until"
-    most = max(times(item.requests[0]) for item in items)
-    size = max(1, GENERATED // most) if generates else len(items)
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
-
-
-def answer(
-    step: Step,
-    loaded: Loaded,
-    lm: Any,
-    shard: int = 0,
-    shards: int = 1,
-    going: Callable[[], bool] = lambda: True,
-) -> None:
-    """Write the parts that are missing or wrong, of every `shards`-th pack from `shard` on.
-
-    going: asked before each pack; the work ends early once it says no.
-    """
-    folder = step.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    formed = packs(step, loaded)
-    set_aside(folder, len(formed))
-    own = formed[shard::shards]
-    left = set(waiting(folder, [pack.label for pack in own]))
-    todo = [pack for pack in own if pack.label["pack"] in left]
-    label = f"{step.rows[0]} · {step.name}" + (f" · shard {shard + 1}" if shards > 1 else "")
-    done = sum(len(pack.items) for pack in own) - sum(len(pack.items) for pack in todo)
-    if done and todo:
-        say(f"{label}: {done} of {len(loaded.items)} items measured before, going on")
-    with (
-        working(folder.parent.parent, folder.name),
-        bar(label, sum(len(pack.items) for pack in todo)) as progress,
-        counting(lm) as counters,
-    ):
-        finished, later = 0, list[Pack]()
-        for number, pack in enumerate(chain(todo, later)):
-            if not going():
-                return
-            lock, again = f"{folder.name}.pack-{pack.label['pack']}", number >= len(todo)
-            with owned(folder.parent.parent, lock, wait=again) as ours:
-                if not ours:  # another process is at it; what it writes is looked at in the end
-                    later.append(pack)
-                    continue
-                mirror.bring(part(folder, pack.label["pack"]))
-                if problem(folder, pack.label):
-                    still = partial(require, folder.parent.parent, lock)
-                    _measure_pack(folder, pack, loaded.protocol, lm, counters, still)
-                    mirror.send(part(folder, pack.label["pack"]))
-            finished += len(pack.items)
-            progress(finished)
-
-
-def unfinished(step: Step, loaded: Loaded, shard: int = 0, shards: int = 1) -> bool:
-    """Whether a pack, of a shard's if one is given, has no right part yet."""
-    return any(problem(step.folder, p.label) for p in packs(step, loaded)[shard::shards])
-
-
-def _measure_pack(
-    folder: Path,
-    pack: Pack,
-    protocol: str,
-    lm: Any,
-    counters: Sequence[FlopCounter],
-    still: Callable[[], None],
-) -> None:
-    """Ask what a pack asks and write it down; still: raises if it is another's by then."""
-    meter, before = Meter(gpus(counters, lm)), lm.forward_tokens
-    how, told = read_as(lm, pack.items)
-    counted = flops(counters)
-    records = [record(item, found) | {"protocol": protocol} for item, found in ask(lm, pack.items)]
-    still()
-    spend(
-        folder,
-        {
-            "pack": pack.label["pack"],
-            **meter.cost(),
-            "tokens": lm.forward_tokens - before,
-            **spent_on(counters, counted),
-            "engine": {**getattr(lm, "engine", {}), **how},
-            "notes": [*getattr(lm, "notes", []), *told],
-        },
-    )
-    write(folder, records, pack.label)
 
 
 class _Replay(LM):

@@ -11,10 +11,11 @@ from typing import Any
 from fusion.errors import RunError
 from fusion.vocabulary import load_map
 from harness import mirror
+from harness.answering import answer, unfinished
 from harness.backends import StockLM
 from harness.build import forget_failure, note_failure
 from harness.ensembles import EnsembleLM
-from harness.evaluate import Loaded, answer, load, unfinished
+from harness.evaluate import Loaded, load
 from harness.locks import owned
 from harness.machine import device
 from harness.model_folder import model_folder

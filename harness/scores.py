@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from fusion.errors import RunError
+from harness.answering import packs
 from harness.costs import written
-from harness.evaluate import Item, Loaded, metric_name, packs
+from harness.evaluate import Item, Loaded, metric_name
 from harness.hashing import definition_hash
 from harness.judging import judge, judge_key, reached, sentence
 from harness.locks import require

@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from fusion.errors import RunError
-from harness.evaluate import Loaded, packs
+from harness.answering import packs
+from harness.evaluate import Loaded
 from harness.machine import device
 from harness.plan import Plan, Step
 from harness.progress import bar

@@ -183,7 +183,7 @@ def _measuring(plan: Plan) -> Measuring:
 
 
 def _questions(plan: Plan, job: Job) -> Mapping[str, Any]:
-    from harness.evaluate import packs
+    from harness.answering import packs
     from harness.questions import counted
 
     measuring = _measuring(plan)

@@ -15,7 +15,8 @@ from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
 from harness import packing
-from harness.evaluate import load, measure, sample
+from harness.answering import measure
+from harness.evaluate import load, sample
 from harness.heldout import heldout_suite
 from harness.plan import Plan, Step, plan
 from harness.recipe import parse

@@ -12,7 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from fusion.errors import RunError
-from harness.evaluate import load, measure
+from harness.answering import measure
+from harness.evaluate import load
 from harness.export import export
 from harness.plan import plan
 from harness.recipe import parse

@@ -14,7 +14,8 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 
 from harness import measuring
-from harness.evaluate import measure, write_as_lm_eval
+from harness.answering import measure
+from harness.evaluate import write_as_lm_eval
 from harness.measuring import load_suite_data
 from harness.plan import Plan, Step, plan
 from harness.recipe import parse

@@ -22,8 +22,9 @@ from lm_eval.api.instance import Instance
 from fusion.errors import RunError
 from fusion.models import load_tokenizer
 from fusion.tokens import tokenize
+from harness.answering import measure
 from harness.ensembles import EnsembleLM
-from harness.evaluate import load, measure
+from harness.evaluate import load
 from harness.fallback import score_plainly
 from harness.plan import plan
 from harness.recipe import parse

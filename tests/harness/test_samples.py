@@ -14,7 +14,8 @@ import pytest
 
 from fusion.errors import RunError
 from harness import packing, samples
-from harness.evaluate import answer, load, measure, packs
+from harness.answering import answer, measure, packs
+from harness.evaluate import load
 from harness.plan import Plan, Step, plan
 from harness.recipe import parse
 from harness.samples import parts, spent
