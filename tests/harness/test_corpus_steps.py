@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from fusion.errors import RecipeError
 from harness.plan import plan
@@ -30,11 +28,7 @@ reference: one
 
 
 @pytest.fixture
-def recipe(tiny: dict[str, Path], tmp_path: Path) -> Path:
-    other = tmp_path / "other"
-    shutil.copytree(tiny["llama"], other)
-    weights = load_file(other / "model.safetensors")
-    save_file({k: v * 1.01 for k, v in weights.items()}, other / "model.safetensors", {"a": "b"})
+def recipe(tiny: dict[str, Path], other: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(one=tiny["llama"], two=other))
     return path

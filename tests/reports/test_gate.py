@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,7 @@ import pytest
 from reports.compare import NotComparable
 from reports.gate import Gate, default, judge
 from reports.records import Run
-
-_SPEC = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "test_compare.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_RUNS = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_RUNS)
-evaluation, RIGHT = _RUNS.evaluation, _RUNS.RIGHT
+from tests.reports.test_compare import RIGHT, evaluation
 
 
 def pair(home: Path, base: dict, candidate: dict, **changes: str) -> list[tuple[Run, Run]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import re
@@ -26,13 +25,7 @@ from reports.leaderboard_formats import (
 )
 from reports.lm_eval_results import read_results
 from reports.records import Run
-
-_SPEC = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "test_compare.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_RUNS = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_RUNS)
-evaluation, RIGHT = _RUNS.evaluation, _RUNS.RIGHT
+from tests.reports.test_compare import RIGHT, change_scores, evaluation
 
 
 def board(home: Path, rows: dict[str, dict], **changes: object) -> Board:
@@ -87,7 +80,7 @@ def test_rows_of_different_protocols_are_never_in_one_column(tmp_path: Path) -> 
 def test_missing_items_and_missing_folders_are_refused(tmp_path: Path) -> None:
     one = evaluation(tmp_path, "x", {"a": RIGHT})
     two = evaluation(tmp_path, "y", {"a": RIGHT})
-    _RUNS.change_scores(two, lambda frame: frame.iloc[5:])
+    change_scores(two, lambda frame: frame.iloc[5:])
     with pytest.raises(NotComparable, match="5 items"):
         boards(find_runs([one, two])[0])
     with pytest.raises(FileNotFoundError, match="no finished run"):
@@ -96,7 +89,7 @@ def test_missing_items_and_missing_folders_are_refused(tmp_path: Path) -> None:
 
 def test_a_row_without_scores_has_a_reason_and_no_zero(tmp_path: Path) -> None:
     found = board(tmp_path, {"x": {"a": RIGHT}, "y": {"a": RIGHT}})
-    _RUNS.change_scores(
+    change_scores(
         tmp_path / "evaluations" / f"{b'y'.hex()}-suite", lambda f: f.assign(value=np.nan)
     )
     (found,) = boards(find_runs([tmp_path / "evaluations"])[0])
@@ -112,7 +105,7 @@ def test_rows_that_share_no_scored_item_have_ranks_without_intervals(
         evaluation(tmp_path, row, {"a": RIGHT}, metric=metric)
     for row, odd in (("x", 0), ("y", 1)):
         counts = [[4, 4, 4, 3, 2, 1, 4, 3, 2, 1]] * len(RIGHT)
-        _RUNS.change_scores(
+        change_scores(
             tmp_path / "evaluations" / f"{row.encode().hex()}-suite",
             lambda f, odd=odd, counts=counts: f.assign(
                 value=f.value.where(f.doc_id % 2 == odd), counts=counts
