@@ -10,9 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from importlib.metadata import version
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,13 @@ from safetensors import SafetensorError
 
 from fusion import mergekit
 from fusion.errors import RecipeError, RunError, of_system
-from fusion.spec import Merge, Train
+from fusion.spec import Merge
 from harness import mirror
 from harness.assets import find_gguf
 from harness.capturing import capture_step, with_shares
-from harness.costs import Meter, budget, counted, written
-from harness.launching import last_step, launch
+from harness.costs import Meter, counted, written
 from harness.locks import Lost, owned, require
-from harness.machine import deepspeed, device, held_gpus, launches
+from harness.machine import device, held_gpus, launches
 from harness.model_folder import model_folder
 from harness.plan import Plan, Step, inputs
 from harness.progress import bar, say, working
@@ -40,6 +37,7 @@ from harness.store import (
     write_json,
 )
 from harness.tiny import make_model
+from harness.training import train_step
 
 MAP_KEYS = ("method", "version", "corpus", "alignment", "template")  # beside its tokenizers
 
@@ -246,102 +244,6 @@ def _told(items: Sequence[Any], progress: Callable[[int], None]) -> Iterator[Any
         yield item
 
 
-def _train(plan: Plan, step: Step) -> dict[str, Any]:
-    """A trained target, in this process or in several."""
-    from fusion.targets import won
-
-    machine = plan.recipe.machine
-    train = plan.recipe.variants[step.rows[0]].train
-    assert train
-    if machine.fsdp and device(plan) == "cpu":
-        raise RunError(
-            "machine.fsdp: PyTorch's sharding through accelerate needs GPUs, and here is none; "
-            "`deepspeed: zero3` shares a model between processes on a CPU, too"
-        )
-    steps, flops = budget(plan, step) if train.budget else (None, None)
-    job = _job(plan, step, train, steps)
-    if train.lora:
-        from fusion import lora
-        from fusion.models import skeleton
-
-        # Before any process starts, so that both are told in a sentence.
-        lora.require()
-        where = f"variants.{step.rows[0]}.train"
-        trained = lora.adapter_weights(skeleton(job["init"]), train.lora, where)
-    write_json(step.folder / "job.json", job)
-    own = partial(require, plan.home, step.folder.name)
-    with _steps(plan, step, job) as told:
-        if launches(plan):
-
-            def beat() -> None:
-                own()
-                told(last_step(step.folder / "training.csv"))
-
-            launch(step.folder / "job.json", machine.processes, machine.hosts, beat)
-            facts: dict[str, Any] = {"processes": machine.processes, "hosts": machine.hosts}
-        else:
-            from fusion.training import train as run
-
-            facts = dict(run(job, own, told))
-    facts |= {"budget_flops": flops} if flops else {}
-    facts |= {"trained_weights": trained, "peft": version("peft")} if train.lora else {}
-    if train.fuse is None:
-        return facts
-    stores = [source["store"] for source in job["sources"] if "store" in source]
-    return facts | {"won": won(train.fuse.sources, stores, job["corpus"]) if stores else None}
-
-
-def _job(plan: Plan, step: Step, train: Train, steps: int | None) -> dict[str, Any]:
-    """What the processes that train read; steps: of the optimizer, where a budget says how many."""
-    machine, content = plan.recipe.machine, step.content
-    assert plan.recipe.corpus
-    sources = []
-    for index, row in enumerate(train.fuse.sources if train.fuse else ()):
-        assert train.fuse
-        source = {"model": str(model_folder(plan, row)), "dtype": train.dtype}
-        source["map"] = str(plan.steps[content["fuse"]["maps"][index]].folder / "map.npz")
-        if not train.fuse.online:
-            source["store"] = str(plan.steps[content["fuse"]["sources"][index]].folder)
-        sources.append(source)
-    return {
-        "init": str(model_folder(plan, train.init)),
-        "out": str(step.folder),
-        "corpus": str(plan.steps[content["corpus"]].folder / "blocks.parquet"),
-        "train": train.model_dump(exclude={"fuse", "lora", "init", "seed", "budget", "domains"}),
-        "lora": train.lora.model_dump() if train.lora else None,
-        "steps": steps,
-        "fuse": train.fuse.model_dump() if train.fuse else None,
-        "sources": sources,
-        "packing": plan.recipe.corpus.packing,
-        "seed": content["seed"],
-        "machine": {
-            "device": device(plan),
-            "micro_batch": machine.micro_batch,
-            "gradient_checkpointing": machine.gradient_checkpointing,
-            "checkpoint_every": machine.checkpoint_every,
-            "deepspeed": deepspeed(plan),
-            "fsdp": machine.fsdp,
-        },
-    }
-
-
-@contextmanager
-def _steps(plan: Plan, step: Step, job: dict[str, Any]) -> Iterator[Callable[[int], None]]:
-    """Progress of a training; call what it yields with the last step that is done."""
-    from fusion.flops import steps_of
-    from fusion.restart import last_checkpoint
-
-    facts = (read_manifest(plan.steps[step.content["corpus"]].folder) or {})["facts"]
-    train = job["train"]
-    total = job["steps"] or steps_of(facts["blocks"], train["batch_blocks"], train["epochs"])
-    checkpoint = last_checkpoint(step.folder / "checkpoints")
-    before = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if before:
-        say(f"{step.name}: {before} of {total} steps trained before, going on")
-    with bar(f"{step.name} · steps", total - before) as progress:
-        yield lambda done: progress(max(0, done - before))
-
-
 def _statistics(plan: Plan, step: Step) -> dict[str, Any]:
     """What the corpus says about one row's weights, for merges."""
     from fusion.corpus import read_blocks
@@ -403,7 +305,7 @@ STAGES: Mapping[str, Callable[[Plan, Step], dict[str, Any]]] = {
     "pack": _pack,
     "capture": capture_step,
     "map": _map,
-    "train": _train,
+    "train": train_step,
     "statistics": _statistics,
     "merge": _merge,
 }

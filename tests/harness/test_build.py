@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,31 +38,6 @@ def test_parameters_that_only_the_method_refuses_leave_the_other_rows(home: Path
     assert reasons["later"] == reasons["refused"]
     assert reasons["refused"].startswith("merge refused failed: merge method linear: ")
     assert planned.steps[planned.identities["mean"]].done
-
-
-def test_a_training_tells_its_steps_and_when_it_goes_on_those_that_are_left(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = TEXT.replace("variants:", "variants:\n  clm: {train: {init: a, batch_blocks: 2}}")
-    planned = plan(parse(text + "machine: {device: cpu, checkpoint_every: 2}\n", "r"), home)
-    seen: list[tuple[str, int, int]] = []
-
-    @contextmanager
-    def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-        def progress(done: int) -> None:
-            seen.append((label, total, done))
-            if len(seen) == 3:
-                raise KeyboardInterrupt
-
-        yield progress
-
-    monkeypatch.setattr("harness.build.bar", bar)
-    with pytest.raises(KeyboardInterrupt):
-        build(planned, ["clm"])
-    assert seen == [("clm · steps", 5, done) for done in (1, 2, 3)]
-    assert not build(planned, ["clm"])
-    assert seen[3:] == [("clm · steps", 3, done) for done in (1, 2, 3)]
-    assert "clm: 2 of 5 steps trained before, going on" in capsys.readouterr().err
 
 
 def test_a_step_whose_lock_was_taken_away_leaves_the_folder_to_another(
