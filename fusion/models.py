@@ -42,7 +42,7 @@ def _reading(path: str) -> Iterator[None]:
     except Exception as error:  # each format has its own errors for damage
         raise RunError(
             f"{path}: cannot be read as a model ({type(error).__name__}: {str(error)[:300]}); "
-            "if the file is truncated or damaged, fetch it again"
+            "if it is truncated or damaged, fetch it again; what kfuse made, delete and run again"
         ) from error
 
 
