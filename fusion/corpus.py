@@ -233,9 +233,14 @@ def pack(
             if len(blocks) == wanted:
                 return blocks
     found = sum(len(p.ids) for block in [*blocks, current] for p in block)
+    left = counts["left_out"]
+    refused = (
+        f"; {left} conversations are left out: the tokenizer's chat template refuses them, or no "
+        f"answer fits in a block of {block_tokens} tokens"
+    )
     raise RunError(
         f"corpus: {wanted * block_tokens} tokens asked for, its {len(documents)} documents give "
-        f"{found}; lower corpus.tokens or give more text"
+        f"{found}; lower corpus.tokens or give more text{refused if left else ''}"
     )
 
 
