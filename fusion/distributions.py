@@ -34,6 +34,7 @@ from fusion.models import (
     embedding_rows,
     hidden_states,
     in_parts,
+    require_fit,
     softcap,
 )
 
@@ -84,6 +85,7 @@ class Online:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int, template: str
     ) -> None:
+        require_fit(model.config, tokenizer.vocab_size, str(model.name_or_path))
         self.model, self.tokenizer, self.k, self.template = model, tokenizer, k, template
 
     def read(self, block: int, pieces: Sequence[Piece]) -> Distribution:

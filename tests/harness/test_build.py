@@ -55,13 +55,16 @@ corpus: {{path: "tiny:corpus", blocks: 64, tokens: 640}}
 variants:
   clm: {{train: {{init: a}}}}
   fused: {{train: {{init: b, fuse: {{sources: [a], function: min_ce, clm_weight: 0.9}}}}}}
+  online:
+    {{train: {{init: b, fuse: {{sources: [a], function: avg_ce, clm_weight: 0.9, online: true}}}}}}
 evaluate: {{suites: [tiny_text]}}
 reference: b
 """
     planned = plan(parse(text, "r"), home)
-    reasons = build(planned, ["clm", "fused"])
+    reasons = build(planned, ["clm", "fused", "online"])
     assert "train clm failed" in reasons["clm"]
     assert "capture a failed" in reasons["fused"]
+    assert "train online failed" in reasons["online"]
     assert all("tokenizer of another model" in reason for reason in reasons.values())
     with pytest.raises(RunError, match="tokenizer of another model"):
         SharedPrefixLM(str(mixed), device="cpu")
