@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,15 +129,27 @@ def _read_file(file: Path, name: str) -> Iterator[tuple[str, Content]]:
                         "'messages' (a list of objects with role and content), or 'instruction' "
                         "and 'output'"
                     )
+                try:
+                    plain(content).encode()
+                except UnicodeEncodeError as error:
+                    half = f"\\u{ord(error.object[error.start]):04x}"
+                    raise RunError(
+                        f"{file}:{number}: {half} is half a character; mend or drop the entry"
+                    ) from error
                 yield str(row.get("domain", name)), content
-    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise RunError(f"{file}: not readable ({error}); is it whole, and UTF-8?") from error
 
 
 def _rows(file: Path, lines: TextIO) -> Iterator[tuple[int, Any]]:
     """Entries with the number of their line, or in a .json file their place in its list."""
     if ".json" not in file.suffixes:
-        yield from ((n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip())
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RunError(f"{file}:{number}: not JSON ({error}); is it whole?") from error
         return
     rows = json.load(lines)
     if not isinstance(rows, list):
@@ -220,9 +233,14 @@ def pack(
             if len(blocks) == wanted:
                 return blocks
     found = sum(len(p.ids) for block in [*blocks, current] for p in block)
+    left = counts["left_out"]
+    refused = (
+        f"; {left} conversations are left out: the tokenizer's chat template refuses them, or no "
+        f"answer fits in a block of {block_tokens} tokens"
+    )
     raise RunError(
         f"corpus: {wanted * block_tokens} tokens asked for, its {len(documents)} documents give "
-        f"{found}; lower corpus.tokens or give more text"
+        f"{found}; lower corpus.tokens or give more text{refused if left else ''}"
     )
 
 
@@ -328,9 +346,13 @@ def write_blocks(path: Path, blocks: Sequence[Sequence[Piece]]) -> None:
 
 
 def read_blocks(path: Path) -> list[list[Piece]]:
-    """The blocks of `write_blocks`, in order."""
+    """The blocks of `write_blocks`, in order; RunError if the file is missing or damaged."""
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{path}: missing or damaged; delete {path.parent} and run again") from error
     blocks: list[list[Piece]] = []
-    for row in pq.read_table(path).to_pylist():
+    for row in rows:
         if row["block"] == len(blocks):
             blocks.append([])
         blocks[-1].append(

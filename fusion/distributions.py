@@ -34,6 +34,7 @@ from fusion.models import (
     embedding_rows,
     hidden_states,
     in_parts,
+    require_fit,
     softcap,
 )
 
@@ -48,17 +49,25 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header = json.loads((path / "header.json").read_text())
+        try:
+            self.header = json.loads((path / "header.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path}/header.json: damaged; delete {path} and run again") from error
         self.index = _read_index(path)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, block: int, pieces: Sequence[Piece] | None = None) -> Distribution:
-        """The distribution of one block; RunError if its shard is missing or damaged.
+        """The distribution of one block; RunError if it is missing or damaged.
 
         pieces: not needed; `Online` asks for them.
         """
+        if block >= len(self.index):
+            raise RunError(
+                f"{self.path / 'index.jsonl'}: ends before block {block}; delete {self.path} "
+                "and run again"
+            )
         entry = self.index[block]
         file = self.path / entry["shard"]
         if not file.exists() or file.stat().st_size != entry["bytes"]:
@@ -76,6 +85,7 @@ class Online:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int, template: str
     ) -> None:
+        require_fit(model.config, tokenizer.vocab_size, str(model.name_or_path))
         self.model, self.tokenizer, self.k, self.template = model, tokenizer, k, template
 
     def read(self, block: int, pieces: Sequence[Piece]) -> Distribution:
@@ -99,7 +109,7 @@ def open_store(path: str | Path) -> Store:
 def _read_index(path: Path) -> list[dict]:
     entries = []
     if (path / "index.jsonl").exists():
-        for line in (path / "index.jsonl").read_text().splitlines():
+        for line in (path / "index.jsonl").read_text(errors="replace").splitlines():
             try:
                 entries.append(json.loads(line))
             except json.JSONDecodeError:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fusion.errors import RunError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_CHUNK = 256  # positions through the output head at once
 CACHED = 2**21  # logits that are looked at together on a CPU: 8 MiB
@@ -42,7 +42,7 @@ def _reading(path: str) -> Iterator[None]:
     except Exception as error:  # each format has its own errors for damage
         raise RunError(
             f"{path}: cannot be read as a model ({type(error).__name__}: {str(error)[:300]}); "
-            "if the file is truncated or damaged, fetch it again"
+            "if it is truncated or damaged, fetch it again; what kfuse made, delete and run again"
         ) from error
 
 
@@ -110,6 +110,16 @@ def vocabulary_size(folder: Path) -> int:
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids a model takes; it may be more than its tokenizer has."""
     return cast("Tensor", model.get_input_embeddings().weight).shape[0]
+
+
+def require_fit(config: PretrainedConfig, tokens: int, model: str | Path) -> None:
+    """RunError if a model has no row for some of its tokenizer's `tokens` ids."""
+    rows = config.get_text_config(decoder=True).vocab_size
+    if tokens > rows:
+        raise RunError(
+            f"{model}: its tokenizer has {tokens} tokens, its model only {rows}; "
+            "is it the tokenizer of another model?"
+        )
 
 
 def _attention() -> str:

@@ -32,7 +32,15 @@ from fusion.errors import RunError
 from fusion.flops import steps_of
 from fusion.lora import adapt, write
 from fusion.losses import IGNORED, Chunks, Targets, fused_loss
-from fusion.models import causal_pattern, hidden_states, load_model, load_tokenizer, quiet, softcap
+from fusion.models import (
+    causal_pattern,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    quiet,
+    require_fit,
+    softcap,
+)
 from fusion.sharding import compile_nothing, deepspeed_config
 from fusion.spec import Decay, Fuse, LoRA
 from fusion.targets import FusedTargets
@@ -313,6 +321,8 @@ def train(
     targets = FusedTargets(fuse, job["sources"], job["init"], _own_device(job)) if fuse else None
     arguments = _arguments(job | {"blocks": len(blocks)}, out, _world_size())
     model = load_model(job["init"], "float32")
+    highest = max((int(piece.ids.max()) for block in blocks for piece in block), default=-1)
+    require_fit(model.config, highest + 1, job["init"])
     model.config.use_cache = False
     attach_loss(model, fuse)
     lora = LoRA.model_validate(job["lora"]) if job.get("lora") else None

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
+from zipfile import BadZipFile
 
 import numpy as np
 from scipy import sparse
@@ -22,6 +24,7 @@ from scipy import sparse
 from fusion.alignment import MARKERS, align_boundaries, align_dtw
 from fusion.conversations import learned
 from fusion.corpus import Piece, read_piece
+from fusion.errors import RunError
 from fusion.tokens import ROLES, token_bytes
 
 if TYPE_CHECKING:
@@ -32,8 +35,12 @@ _FALLBACK = re.compile("<0x[0-9A-F]{2}>")
 
 
 def load_map(path: str | Path) -> sparse.csr_array:
-    """A saved map, csr (U, V)."""
-    return sparse.csr_array(sparse.load_npz(path))
+    """A saved map, csr (U, V); RunError if the file is missing or damaged."""
+    try:
+        return sparse.csr_array(sparse.load_npz(path))
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        folder = Path(path).parent
+        raise RunError(f"{path}: missing or damaged; delete {folder} and run again") from error
 
 
 def build(

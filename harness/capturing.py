@@ -117,13 +117,14 @@ def _blocks(plan: Plan, step: Step) -> list[list[Any]]:
 
 def _opened(plan: Plan, step: Step) -> tuple[Any, Any, dict[str, Any]]:
     """The source's model and tokenizer, and the facts that identify its store."""
-    from fusion.models import load_model, load_tokenizer
+    from fusion.models import load_model, load_tokenizer, require_fit
     from fusion.tokens import fingerprint
     from harness.model_folder import model_folder
 
     folder = model_folder(plan, step.content["row"])
     model = load_model(folder, step.content["dtype"], device(plan))
     tokenizer = load_tokenizer(folder)
+    require_fit(model.config, tokenizer.vocab_size, folder)
     header = {
         "model": step.content["source"],
         "tokenizer": fingerprint(tokenizer),

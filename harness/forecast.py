@@ -52,6 +52,7 @@ class Forecast:
     stated: bool = False  # seconds are of a data sheet and of one GPU, and nothing was calibrated
     processes: int = 1  # that train, each on its own GPU
     trained: tuple[int, int] | None = None  # of the largest model: weights, bytes each in products
+    dtype: str = "float32"  # that models are measured and read in
 
     @property
     def refusals(self) -> list[str]:
@@ -67,7 +68,9 @@ class Forecast:
             if work.memory is not None and work.memory > self.memory_total:
                 remedy = "train in more processes with `machine.deepspeed`, or a smaller model"
                 if work.stage != "train":
-                    remedy = "`evaluate.dtype: bfloat16`, or a smaller model"
+                    whole = self.dtype == "float32"
+                    remedy = "`evaluate.dtype: bfloat16`" if whole else "a device with more memory"
+                    remedy += ", or a smaller model"
                 out.append(
                     f"{work.stage} {work.name}: at least {gib(work.memory)} GiB of memory are "
                     f"needed, {self.where} has {gib(self.memory_total)} GiB; {remedy}"
@@ -112,6 +115,7 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
         gpu is not None,
         plan.recipe.machine.processes * plan.recipe.machine.hosts,
         max(trained, default=None),
+        plan.recipe.evaluate.dtype,
     )
 
 

@@ -48,7 +48,7 @@ def corpus_hash(home: Path, path: str, key: str = "path") -> str:
         return identity({"path": path, "sha256": PINNED.get(path[5:]), "v": TINY_VERSION})
     place = Path(path).expanduser()
     if not place.exists():
-        raise RunError(f"corpus.{key}: {path} does not exist")
+        raise RunError(f"corpus.{key}: {path} does not exist ({place.absolute()})")
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     return identity({str(p.relative_to(place)): file_hash(home, p) for p in files})
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -193,7 +194,10 @@ def _said(
     at_once: int,
     progress: Callable[[int], None],
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every verdict, from its file or from the judge, which writes the file."""
+    """Every verdict, from its file or from the judge, which writes the file.
+
+    at_once: requests under way together, from threads of their own if more than one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(prompt: str, number: int) -> dict[str, Any]:
@@ -207,16 +211,44 @@ def _said(
         return known
 
     out = {}
-    with ThreadPoolExecutor(max(1, at_once)) as threads:
-        futures = [(key, threads.submit(one, *key)) for key in wanted]
-        try:
-            for count, (key, future) in enumerate(futures, 1):
-                out[key] = future.result()
-                progress(count)
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+    for count, (key, verdict) in enumerate(_together(one, wanted, at_once), 1):
+        out[key] = verdict
+        progress(count)
     return out
+
+
+def _together(
+    one: Callable[[str, int], dict[str, Any]], wanted: Sequence[tuple[str, int]], at_once: int
+) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    """What `one` gives for each, as it comes; an error ends it, and nothing more is begun."""
+    if at_once <= 1:
+        yield from ((key, one(*key)) for key in wanted)
+        return
+    left, done, over = iter(wanted), SimpleQueue[Any](), threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            with turn:
+                key = next(left, None)
+            if key is None:
+                return
+            try:
+                done.put((key, one(*key)))
+            except BaseException as error:
+                done.put((key, error))
+
+    turn = threading.Lock()
+    # Daemons, for a request that hangs must hold up neither the error of another nor Ctrl-C.
+    for _ in range(min(at_once, len(wanted))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in wanted:
+            key, found = done.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield key, found
+    finally:
+        over.set()
 
 
 def _known(path: Path) -> dict[str, Any] | None:

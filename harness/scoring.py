@@ -32,6 +32,7 @@ from fusion.models import (
     hidden_states,
     load_model,
     load_tokenizer,
+    require_fit,
     token_logprobs,
 )
 from harness import fallback
@@ -99,6 +100,8 @@ class SharedPrefixLM(TemplateLM):
             place = "cpu"  # lm-eval's command line asks for cuda:0 unless told otherwise
         self.model = load_model(pretrained, dtype, place)
         self.tokenizer = load_tokenizer(pretrained)
+        # Without tokens that were added: a padding token may lie behind the last row, unused.
+        require_fit(self.model.config, self.tokenizer.vocab_size, pretrained)
         on_cpu = torch.device(place).type == "cpu"
         self.batch_tokens = min(int(batch_tokens), CPU_POSITIONS) if on_cpu else int(batch_tokens)
         self.generate_rows, self.seed = int(generate_rows), int(seed)

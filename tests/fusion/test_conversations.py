@@ -151,6 +151,14 @@ def test_a_bos_that_only_the_template_writes_stays_in_it(tiny: dict[str, Path]) 
     assert (again.tolist(), ends.tolist()) == (piece.ids.tolist(), piece.ends.tolist())
 
 
+def test_a_template_that_refuses_all_is_told_with_the_missing_tokens(tiny: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(tiny["llama"])
+    tokenizer.chat_template = "{% for turn in %}"
+    documents = [("d", talk("Q", "A"))] * 3
+    with pytest.raises(RunError, match="give 0; .*; 3 conversations are left out: .* refuses them"):
+        pack(documents, tokenizer, 64, 64, seed=1)
+
+
 def test_a_tokenizer_without_a_template_says_what_to_do(tokenizers: dict[str, Any]) -> None:
     (piece,) = packed(tokenizers["llama"], talk("Q", "A"))
     with pytest.raises(RunError, match="template: pivot"):

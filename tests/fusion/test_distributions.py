@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,37 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
     with pytest.raises(RunError, match=r"c\.jsonl:2"):
         list(read_documents(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ('{"text": "cut', "not JSON"),
+        (r'{"text": "half \ud83d"}', "ud83d is half a character"),
+        (
+            r'{"messages": [{"role": "assistant", "content": "\udc00"}]}',
+            "udc00 is half a character",
+        ),
+    ],
+)
+def test_an_entry_that_is_no_text_is_named(tmp_path: Path, entry: str, expected: str) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n' + entry)
+    with pytest.raises(RunError, match=rf"c\.jsonl:2: .*{expected}"):
+        read_documents(tmp_path)
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "fine"}\n' * 99)
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[:12] + bytes(8) + whole[20:])
+    with pytest.raises(RunError, match=r"c\.jsonl\.gz: not readable"):
+        read_documents(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 cut", bytes(range(256))])
+def test_damaged_blocks_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "blocks.parquet").write_bytes(content)
+    with pytest.raises(RunError, match=r"blocks\.parquet: missing or damaged; delete"):
+        read_blocks(tmp_path / "blocks.parquet")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "neox"])
@@ -145,6 +177,24 @@ def test_a_flipped_byte_names_its_shard(
     with pytest.raises(RunError, match="cut short"):
         store.read(1)
     assert len(store.read(0).ids)
+
+
+def test_a_store_whose_index_or_header_is_cut_says_so(
+    tiny: dict[str, Path], blocks: list, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    capture(load_model(tiny["llama"]), load_tokenizer(tiny["llama"]), blocks, path, 4, {})
+    whole = (path / "index.jsonl").read_bytes()
+    (path / "index.jsonl").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match=r"index\.jsonl: ends before block .*; delete"):
+        open_store(path).read(len(blocks) - 1)
+    (path / "index.jsonl").write_bytes(b"\xff\xfe" + whole)
+    with pytest.raises(RunError, match="ends before block 0"):
+        open_store(path).read(0)
+    for content in (b'{"codec": "ki', b"\xff\xfe"):
+        (path / "header.json").write_bytes(content)
+        with pytest.raises(RunError, match=r"header\.json: damaged; delete"):
+            open_store(path)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 20), st.sampled_from([300, 2560, 2600, 5000]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy import sparse
 from transformers import PreTrainedTokenizerFast
 
 from fusion.corpus import Piece, pack, read_piece
+from fusion.errors import RunError
 from fusion.models import load_tokenizer
 from fusion.tokens import tokenize
 from fusion.vocabulary import (
@@ -18,6 +20,7 @@ from fusion.vocabulary import (
     build,
     count_pairs,
     exact,
+    load_map,
     min_ed,
     needs_counts,
     statistics,
@@ -104,3 +107,13 @@ def test_frequent_pairs_win_but_not_in_the_published_score(tiny: dict[str, Path]
     found = statistics_reference(source, target, sparse.csr_array(counts))
     assert found[seen] == a
     assert found[other] == target.eos_token_id
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"junk"])
+def test_a_damaged_map_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "map.npz"
+    sparse.save_npz(path, sparse.csr_array(np.eye(40)))
+    assert (load_map(path) != sparse.csr_array(np.eye(40))).nnz == 0
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RunError, match=r"map\.npz: missing or damaged; delete"):
+        load_map(path)

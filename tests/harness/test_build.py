@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from harness.build import STAGES, build, needed
 from harness.plan import plan
 from harness.recipe import parse
 from harness.run import run
+from harness.scoring import SharedPrefixLM
 from harness.store import read_manifest
 
 TEXT = """
@@ -38,6 +40,34 @@ def test_parameters_that_only_the_method_refuses_leave_the_other_rows(home: Path
     assert reasons["later"] == reasons["refused"]
     assert reasons["refused"].startswith("merge refused failed: merge method linear: ")
     assert planned.steps[planned.identities["mean"]].done
+
+
+def test_a_tokenizer_of_another_model_is_told_wherever_its_ids_would_be_read(
+    home: Path, tmp_path: Path, tiny: dict[str, Path]
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tiny["llama"], mixed)
+    for file in tiny["gemma"].glob("tokenizer*"):
+        shutil.copy(file, mixed)
+    text = f"""
+sources: {{a: {{path: {mixed}}}, b: {{path: "tiny:llama"}}}}
+corpus: {{path: "tiny:corpus", blocks: 64, tokens: 640}}
+variants:
+  clm: {{train: {{init: a}}}}
+  fused: {{train: {{init: b, fuse: {{sources: [a], function: min_ce, clm_weight: 0.9}}}}}}
+  online:
+    {{train: {{init: b, fuse: {{sources: [a], function: avg_ce, clm_weight: 0.9, online: true}}}}}}
+evaluate: {{suites: [tiny_text]}}
+reference: b
+"""
+    planned = plan(parse(text, "r"), home)
+    reasons = build(planned, ["clm", "fused", "online"])
+    assert "train clm failed" in reasons["clm"]
+    assert "capture a failed" in reasons["fused"]
+    assert "train online failed" in reasons["online"]
+    assert all("tokenizer of another model" in reason for reason in reasons.values())
+    with pytest.raises(RunError, match="tokenizer of another model"):
+        SharedPrefixLM(str(mixed), device="cpu")
 
 
 def test_a_step_whose_lock_was_taken_away_leaves_the_folder_to_another(

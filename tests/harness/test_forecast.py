@@ -100,6 +100,12 @@ def test_what_cannot_fit_is_refused_with_a_remedy(found: Forecast, stage: str) -
     assert "of memory are needed" in refusal
     disk = sum(w.disk for w in found.work)
     assert "KFUSE_HOME" in replace(found, disk_free=disk - 1).refusals[0]
+    if stage == "evaluate":
+        small = replace(found, memory_total=1)
+        for dtype, told in (("float32", True), ("bfloat16", False)):
+            refusals = [r for r in replace(small, dtype=dtype).refusals if r.startswith(stage)]
+            assert refusals
+            assert all(("evaluate.dtype: bfloat16" in r) == told for r in refusals)
 
 
 def test_a_recipe_that_cannot_fit_is_exit_one(

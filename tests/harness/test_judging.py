@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -237,6 +238,27 @@ def test_what_was_said_before_a_failure_is_kept(tmp_path: Path) -> None:
     found = judge("rating", section, "k" * 16, docs, again, tmp_path)
     assert len(counted) == 4
     assert {row["value"] for rows in found.rows.values() for row in rows} == {0.4}
+
+
+def test_a_request_that_hangs_holds_up_neither_an_error_nor_the_end(tmp_path: Path) -> None:
+    docs = [(("t", n), {"turns": [f"Q{n}"]}, [f"A{n}"]) for n in range(2)]
+    hanging, answer = threading.Event(), threading.Event()
+
+    def ask(prompt: str, number: int) -> tuple[str, int]:
+        if "Q0" in prompt:
+            hanging.set()
+            answer.wait(20)
+        hanging.wait(20)
+        raise RunError("the endpoint is gone")
+
+    section = Judge(model="j", endpoint="http://localhost/v1", again=0.0, at_once=2)
+    others = set(threading.enumerate())
+    started = time.monotonic()
+    with pytest.raises(RunError, match="gone"):
+        judge("rating", section, "k" * 16, docs, ask, tmp_path)
+    assert time.monotonic() - started < 10
+    assert all(t.daemon for t in set(threading.enumerate()) - others)  # Python waits for the rest
+    answer.set()
 
 
 @pytest.mark.parametrize(

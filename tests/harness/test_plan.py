@@ -182,7 +182,7 @@ def test_recipes_share_what_is_equal_under_any_name(home: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "model.gguf", "a/b/c"])
 def test_a_missing_model_says_what_is_possible(home: Path, path: str) -> None:
-    with pytest.raises(RunError, match=r"sources\.a\.path: .*does not exist"):
+    with pytest.raises(RunError, match=r"sources\.a\.path: .*does not exist \(/"):
         planned(home, text=TEXT.replace("tiny:llama", path))
 
 

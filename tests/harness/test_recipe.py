@@ -189,6 +189,22 @@ def test_a_matrix_names_rows_by_what_lists_and_mappings_hold() -> None:
     assert "fused[clm_weight=0.7+1.0]" in parse(text, "r").rows
 
 
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ("{train.fuse.clm_weight: []}", "at least one"),
+        ("{}", "at least one"),
+        ("{3: [0.5]}", "a key path"),
+        (
+            "{train.fuse.clm_weight: [{start: 0.7, end: 1.0}, {end: 0.7, start: 1.0}]}",
+            "unlike values would both be the row fused[clm_weight=0.7+1.0]",
+        ),
+    ],
+)
+def test_a_matrix_that_would_lose_rows_is_refused(matrix: str, expected: str) -> None:
+    assert expected in problems(GOOD.replace("0.9}}}", f"0.9}}}}, matrix: {matrix}}}"))
+
+
 @pytest.mark.parametrize("sources", ["[other]", "[{init}]", "[other, {init}]"])
 def test_dual_min_ce_wants_the_target_first_and_another(sources: str) -> None:
     raw = yaml.load(GOOD, _Loader)

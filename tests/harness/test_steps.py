@@ -10,6 +10,7 @@ from harness.plan import plan
 from harness.recipe import parse
 from harness.report import _row
 from harness.run import pending, run
+from harness.store import read_manifest
 from reports.cells import Gain
 from reports.table import read
 
@@ -77,3 +78,9 @@ machine: {device: cpu}
         gain = report.cell(row, "tiny_choice").gain
         assert isinstance(gain, Gain)
         assert (gain.value, gain.verdict) == (0.0, "inconclusive")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"kind": "tr', b"[]", b"\xff\xfe\x00"])
+def test_a_damaged_manifest_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert read_manifest(tmp_path) is None
