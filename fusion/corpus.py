@@ -251,9 +251,9 @@ def _piece(
     bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     capacity = room - len(bos) - len(eos)
-    window = text[: capacity * 16]  # enough for any tokenizer that is worth its name
-    if not window.strip():
+    if not text or text.isspace():
         return None
+    window = text[: capacity * 16]  # enough for any tokenizer that is worth its name
     tokens = tokenize(tokenizer, window)
     whole = len(tokens.ids) <= capacity and len(window) == len(text)
     count = len(tokens.ids) if whole else _last_clean_cut(tokens.ends, window, capacity)

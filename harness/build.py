@@ -160,7 +160,7 @@ def _fetch(plan: Plan, step: Step) -> dict[str, Any]:
         convert_gguf(gguf, step.folder)
         shutil.rmtree(step.folder / ".source")
     elif path.endswith(".gguf"):
-        convert_gguf(Path(path), step.folder)
+        convert_gguf(Path(path).expanduser(), step.folder)
     else:
         return {"snapshot": str(fetch(path, step.content.get("revision")))}
     return {}
@@ -247,17 +247,19 @@ def _told(items: Sequence[Any], progress: Callable[[int], None]) -> Iterator[Any
 def _statistics(plan: Plan, step: Step) -> dict[str, Any]:
     """What the corpus says about one row's weights, for merges."""
     from fusion.corpus import read_blocks
-    from fusion.models import load_model, load_tokenizer
+    from fusion.models import load_model, load_tokenizer, require_fit
     from fusion.statistics import collect
 
     content = step.content
     blocks = read_blocks(plan.steps[content["corpus"]].folder / "blocks.parquet")
     folder = model_folder(plan, content["row"])
+    model, tokenizer = load_model(folder, device=device(plan)), load_tokenizer(folder)
+    require_fit(model.config, tokenizer.vocab_size, folder)
     with bar(f"{step.name} · statistics, blocks", content["blocks"]) as progress:
         return collect(
             content["statistics"],
-            load_model(folder, device=device(plan)),
-            load_tokenizer(folder),
+            model,
+            tokenizer,
             blocks[: content["blocks"]],
             step.folder,
             content.get("labels", "data"),

@@ -319,7 +319,9 @@ def sentence(facts: Mapping[str, Any]) -> str:
     """The judge in a sentence for reports."""
     text = f"judged by {facts['model']}: {facts['verdicts']} verdicts"
     if facts["unparsed"]:
-        text += f", {facts['unparsed']} items without a readable one"
+        where = f"judgements/{facts['identity'][:16]}"
+        text += f", {facts['unparsed']} items without a readable one, which stands in {where}: "
+        text += "delete that and the measurement to ask again"
     if facts["order"]:
         text += f", {facts['order']} items turned by the order of answers"
     if facts["again"]:

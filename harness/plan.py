@@ -94,11 +94,10 @@ def _source(out: Plan, name: str, source: Source) -> None:
         elif path.startswith("tiny:"):
             content = {"from": path, "version": TINY_VERSION}
         else:
-            if not Path(path).is_file():
-                raise RunError(
-                    f"sources.{name}.path: {path} does not exist ({Path(path).absolute()})"
-                )
-            content = {"sha256": file_hash(out.home, Path(path)), "version": VERSIONS["convert"]}
+            file = Path(path).expanduser()
+            if not file.is_file():
+                raise RunError(f"sources.{name}.path: {path} does not exist ({file.absolute()})")
+            content = {"sha256": file_hash(out.home, file), "version": VERSIONS["convert"]}
         key = identity(content)
         folder = place(out.home, "models", name, key)
         disk = 0 if path.startswith("tiny:") else 1_100_000_000

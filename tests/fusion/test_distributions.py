@@ -59,6 +59,14 @@ def test_a_corpus_that_is_too_small_says_so(tiny: dict[str, Path]) -> None:
         pack(TEXTS, load_tokenizer(tiny["llama"]), 64, 10**6, seed=3)
 
 
+def test_what_stands_behind_a_long_blank_is_not_lost(tiny: dict[str, Path]) -> None:
+    text = "One begins here." + 2_000 * " " + 900 * "It goes on there. "
+    blocks = pack([("a", text)], load_tokenizer(tiny["llama"]), 64, 2_560, seed=3)
+    kept = "".join(piece.text for block in blocks for piece in block)
+    assert "It goes on there." in kept
+    assert text.startswith(kept)
+
+
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
     with pytest.raises(RunError, match=r"c\.jsonl:2"):

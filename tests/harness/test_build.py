@@ -57,11 +57,13 @@ variants:
   fused: {{train: {{init: b, fuse: {{sources: [a], function: min_ce, clm_weight: 0.9}}}}}}
   online:
     {{train: {{init: b, fuse: {{sources: [a], function: avg_ce, clm_weight: 0.9, online: true}}}}}}
+  fisher: {{merge: {{inputs: [a, a], method: fisher}}}}
 evaluate: {{suites: [tiny_text]}}
 reference: b
 """
     planned = plan(parse(text, "r"), home)
-    reasons = build(planned, ["clm", "fused", "online"])
+    reasons = build(planned, ["clm", "fused", "online", "fisher"])
+    assert reasons["fisher"].startswith("statistics a")
     assert "train clm failed" in reasons["clm"]
     assert "capture a failed" in reasons["fused"]
     assert "train online failed" in reasons["online"]

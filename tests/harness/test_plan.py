@@ -186,6 +186,18 @@ def test_a_missing_model_says_what_is_possible(home: Path, path: str) -> None:
         planned(home, text=TEXT.replace("tiny:llama", path))
 
 
+def test_a_file_below_the_home_folder_is_found(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    text = TEXT.replace("tiny:llama", "~/m.gguf")
+    assert (
+        planned(home, text=text).identities
+        == planned(home, text=TEXT.replace("tiny:llama", str(tmp_path / "m.gguf"))).identities
+    )
+
+
 def test_a_hundred_rows_are_planned_in_two_seconds(home: Path) -> None:
     weights = [round(0.001 * i, 3) for i in range(100)]
     text = TEXT.replace(
