@@ -36,7 +36,8 @@ def messages_of(row: Mapping[str, Any]) -> tuple[Message, ...] | None:
     """The conversation in a row of a data set; None if it holds none.
 
     `messages` (role, content), `conversations` (from, value), or `instruction` with `input` and
-    `output`, alone or as `instances`. Contents are stripped, as many templates do.
+    `output`, alone or as `instances`. Contents, or parts of text, are stripped, as many templates
+    do.
     """
     turns = row.get("messages", row.get("conversations"))
     if isinstance(turns, list):
@@ -64,6 +65,10 @@ def _turn(turn: Any) -> Message | None:
     if not isinstance(turn, dict):
         return None
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if isinstance(content, list):  # parts, as APIs have them; only text is read here
+        texts = [p.get("text") if isinstance(p, dict) else p for p in content]
+        said = [text for text in texts if isinstance(text, str)]
+        content = "".join(said) if said and len(said) == len(texts) else None
     if not isinstance(role, str) or not isinstance(content, str):
         return None
     role = {"human": "user", "gpt": "assistant"}.get(role, role)

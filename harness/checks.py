@@ -71,7 +71,10 @@ def references(raw: Mapping) -> Problems:
         named = [(f"{at}.{key}", section.get(key)) for key in ("init", "base", "budget", "row")]
         for key in ("inputs", "members"):
             named += [(f"{at}.{key}[{i}]", row) for i, row in enumerate(_list(section, key))]
-        named += [(f"{at}.fuse.sources[{i}]", v) for i, v in enumerate(_list(fuse, "sources"))]
+        fused = _list(fuse, "sources")
+        named += [(f"{at}.fuse.sources[{i}]", row) for i, row in enumerate(fused)]
+        twice = [(i, row) for i, row in enumerate(fused) if row in fused[:i]]
+        yield from ((f"{at}.fuse.sources[{i}]", f"'{row}' is named twice") for i, row in twice)
         for path, value in named:
             yield from check(path, value, [*sources, *variants])
         needs[name] = [str(value) for _, value in named if value in variants]

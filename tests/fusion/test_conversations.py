@@ -259,6 +259,10 @@ def test_rows_of_several_kinds_are_conversations(row: dict[str, Any], tmp_path: 
 
 def test_rows_that_are_none_are_named(tmp_path: Path) -> None:
     assert messages_of({"messages": [{"role": "user"}]}) is None
+    parts = [{"type": "text", "text": "Q, "}, {"type": "text", "text": "and more"}]
+    assert messages_of({"messages": [{"role": "user", "content": parts}]}) == talk("Q, and more")
+    image = [*parts, {"type": "image_url", "image_url": {"url": "a"}}]
+    assert messages_of({"messages": [{"role": "user", "content": image}]}) is None
     assert messages_of({"instruction": "Q"}) is None
     (tmp_path / "x.jsonl").write_text('{"messages": []}\n{"prompt": "Q"}\n')
     with pytest.raises(RunError, match=r"x\.jsonl:2: .*'messages'"):

@@ -151,6 +151,8 @@ def test_overrides_go_through_the_same_door() -> None:
         ("variants.fusd.train.init=a", "variants.fusd"),
         ("nonsense", "key=value"),
         ("variants.fused.train.fuse.sources.1=c", "'c' is no row here"),
+        ("variants.fused.train.fuse.sources=[a, b, a]", "sources[2]"),
+        ("variants.fused.train.fuse.sources=[a, b, a]", "'a' is named twice"),
     ):
         with pytest.raises(RecipeError) as caught:
             parse(GOOD, "r", [override])
