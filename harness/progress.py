@@ -96,7 +96,8 @@ def _write_signs() -> None:
 def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
     """Say in the store that this process works on a folder, and facts, for as long as it does.
 
-    A disk that takes no more does not stop the work: then only the sign is missing.
+    Signs that dead processes have left of the same work are taken away. A disk that takes no more
+    does not stop the work: then only the sign is missing.
     """
     path = home / "running" / f"{folder}.{socket.gethostname()}.{os.getpid()}.json"
     facts |= {"folder": folder, "host": socket.gethostname(), "pid": os.getpid()}
@@ -104,6 +105,9 @@ def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
     facts |= {"since": time.time()}
     over, alone = threading.Event(), threading.Lock()
     _at.clear()
+    for sign in signs(home, f"{folder}.*"):
+        if not lives(sign):
+            _take_away(sign["path"])
 
     def write() -> None:
         with alone, suppress(OSError, RunError):
@@ -130,23 +134,28 @@ def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
         _writers.remove(write)
         over.set()
         thread.join()
-        with suppress(OSError, RunError):
-            path.unlink(missing_ok=True)
-            if objects.name_of(path):
-                objects.remove(path)
+        _take_away(path)
+
+
+def _take_away(path: Path) -> None:
+    with suppress(OSError, RunError):
+        path.unlink(missing_ok=True)
+        if objects.name_of(path):
+            objects.remove(path)
 
 
 def signs(home: Path, names: str = "*") -> list[dict[str, Any]]:
     """What those who work on a store say; names: a pattern of what they work on.
 
-    `age` is added: the seconds since a sign was written, by the clock that stamps the store's
-    files, for those of machines differ. One that is being written is read next time.
+    `path` and `age` are added: the seconds since a sign was written, by the clock that stamps the
+    store's files, for those of machines differ. One that is being written is read next time.
     """
     found = []
     for path in sorted((home / "running").glob(f"{names}.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             sign = json.loads(path.read_text())
-            found.append((path.stat().st_mtime, sign | {"folder": str(sign["folder"])}))
+            told = {"folder": str(sign["folder"]), "path": path}
+            found.append((path.stat().st_mtime, sign | told))
     now = clock(home / "running") if found else 0.0
     return [sign | {"age": now - written} for written, sign in found]
 
@@ -155,7 +164,7 @@ def lives(sign: dict[str, Any]) -> bool:
     """Whether a sign is fresh, and its process is there if it is one of this machine."""
     if float(sign["age"]) > LOST:
         return False
-    if (sign["host"], sign.get("space")) != (socket.gethostname(), space()):
+    if (sign.get("host"), sign.get("space")) != (socket.gethostname(), space()):
         return True
     try:
         os.kill(int(sign["pid"]), 0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +16,7 @@ import pytest
 
 from harness import mirror, objects, progress
 from harness.progress import bar, lives, signs, working
-from harness.store import home
+from harness.store import home, space
 
 
 def test_whoever_works_is_seen_while_it_works(
@@ -32,6 +35,22 @@ def test_whoever_works_is_seen_while_it_works(
         assert seen[-1]["pid"] == os.getpid()
     assert not list((tmp_path / "running").glob("*.json"))
     assert threading.active_count() < 50
+
+
+def test_signs_of_the_dead_go_when_their_work_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "running"
+    folder.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name, pid in (("one-1", dead.pid), ("one-1", os.getppid()), ("two-2", dead.pid)):
+        sign = {"folder": name, "host": socket.gethostname(), "pid": pid, "space": space()}
+        (folder / f"{name}.{socket.gethostname()}.{pid}.json").write_text(json.dumps(sign))
+    (folder / "one-1.x.json").write_text('{"folder": "one-1"}')  # of nobody, and fresh
+    with working(tmp_path, "one-1"):
+        pass
+    (folder / "one-1.x.json").unlink()
+    left = [(sign["folder"], sign["pid"]) for sign in signs(tmp_path)]
+    assert left == [("one-1", os.getppid()), ("two-2", dead.pid)]
 
 
 def test_a_store_that_takes_nothing_does_not_stop_the_work(tmp_path: Path) -> None:
