@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,10 @@ def working(home: Path, folder: str, **facts: Any) -> Iterator[None]:
     facts |= {"since": time.time()}
     over, alone = threading.Event(), threading.Lock()
     _at.clear()
-    for sign in signs(home, f"{folder}.*"):
-        if not lives(sign):
-            _take_away(sign["path"])
+    with suppress(OSError, RunError):  # a full disk has no clock
+        for sign in signs(home, f"{escape(folder)}.*"):
+            if sign["folder"] == folder and not lives(sign):
+                _take_away(sign["path"])
 
     def write() -> None:
         with alone, suppress(OSError, RunError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -37,7 +38,13 @@ def test_whoever_works_is_seen_while_it_works(
     assert threading.active_count() < 50
 
 
-def test_signs_of_the_dead_go_when_their_work_goes_on(tmp_path: Path) -> None:
+def full_disk(_: Path) -> float:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_signs_of_the_dead_go_when_their_work_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "running"
     folder.mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -46,6 +53,10 @@ def test_signs_of_the_dead_go_when_their_work_goes_on(tmp_path: Path) -> None:
         sign = {"folder": name, "host": socket.gethostname(), "pid": pid, "space": space()}
         (folder / f"{name}.{socket.gethostname()}.{pid}.json").write_text(json.dumps(sign))
     (folder / "one-1.x.json").write_text('{"folder": "one-1"}')  # of nobody, and fresh
+    with monkeypatch.context() as full:
+        full.setattr(progress, "clock", full_disk)
+        with working(tmp_path, "one-1"):
+            pass
     with working(tmp_path, "one-1"):
         pass
     (folder / "one-1.x.json").unlink()
