@@ -399,6 +399,13 @@ def main() -> None:
     except RunError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        from harness.store import AWAY, home, world
+
+        if error.errno not in AWAY:
+            raise
+        print(world(error, Path(error.filename or home())), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

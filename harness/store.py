@@ -23,6 +23,22 @@ from typing import Any
 
 from fusion.errors import RunError
 
+# Of a full disk, a failing one, or a share that is away: never a mistake of this code.
+AWAY = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "lm-eval", "tokenizers", "numpy")
 
 
@@ -149,6 +165,11 @@ def world(error: OSError, path: Path) -> RunError:
         return RunError(
             f"{path}: no space left ({free:.2f} GiB free); make room or set KFUSE_HOME to another "
             "disk, then run again: what is finished is kept"
+        )
+    if error.errno in AWAY:
+        return RunError(
+            f"{path}: {error.strerror}; see to the disk, the share or the network, then run again: "
+            "what is finished is kept"
         )
     return RunError(f"{path}: {error.strerror or error}")
 

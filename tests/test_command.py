@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import cli
 from harness.execution import fitness
 from harness.languages import LANGUAGES
 from tests.test_pipeline import here
@@ -119,6 +121,25 @@ def test_no_space_left_is_exit_1(warm: Warm, tmp_path: Path) -> None:
     assert warm.wait() == [1], said.read_text()
     assert "Traceback" not in said.read_text()
     assert not list(home.glob("*/*/manifest.json"))
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_share_that_goes_away_is_exit_1_and_a_lost_file_of_ours_a_bug(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fails(of: int) -> None:
+        raise OSError(of, os.strerror(of), str(tmp_path / "models"))
+
+    monkeypatch.setattr(cli, "app", lambda: fails(number))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path / 'models'}: ")
+    assert "run again: what is finished" in said
+    monkeypatch.setattr(cli, "app", lambda: fails(errno.ENOENT))
+    with pytest.raises(FileNotFoundError):
+        cli.main()
 
 
 HELP = """
