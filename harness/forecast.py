@@ -53,6 +53,7 @@ class Forecast:
     processes: int = 1  # that train, each on its own GPU
     trained: tuple[int, int] | None = None  # of the largest model: weights, bytes each in products
     dtype: str = "float32"  # that models are measured and read in
+    busy: float = 0.0  # the share of the processors that other work had when they were calibrated
 
     @property
     def refusals(self) -> list[str]:
@@ -98,6 +99,7 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
     for step in steps:
         if step.kind == "evaluate" and step.name not in questions:
             questions[step.name] = counted(plan, measuring, step)
+    busy = _busy() if where == "cpu" else 0.0
     work = works(plan, steps, questions, where, rates_of(plan, where))
     sizes = _sizes(plan)
     trained = [
@@ -116,6 +118,7 @@ def forecast(plan: Plan, steps: Sequence[Step], gpu: str | None = None) -> Forec
         plan.recipe.machine.processes * plan.recipe.machine.hosts,
         max(trained, default=None),
         plan.recipe.evaluate.dtype,
+        busy,
     )
 
 
@@ -147,6 +150,13 @@ def rates_of(plan: Plan, where: str) -> dict[str, Rates]:
     if where in GPUS:
         return dict.fromkeys(dtypes, stated(where, plan.recipe.machine.generate_rows))
     return {dtype: measure(where, dtype) for dtype in dtypes}
+
+
+def _busy() -> float:
+    """The share of this machine's processors that other work has, seen for half a second."""
+    import psutil
+
+    return psutil.cpu_percent(0.5) / 100
 
 
 def _memory(where: str) -> int:

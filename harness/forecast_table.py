@@ -10,6 +10,7 @@ from harness.forecast import Forecast, Work, gib
 from harness.questions import DISAGREE
 
 UNKNOWN = "not known before it is measured"
+BUSY = 0.25  # the share that other work may have before a calibration is said to suffer from it
 
 
 def table(found: Forecast) -> str:
@@ -100,6 +101,8 @@ def sums(found: Forecast) -> str:
         f"in all: {time}; {flops:.1e} FLOPs; {gib(disk)} of {gib(found.disk_free)} GiB that are "
         f"free; memory {gib(found.memory_total)} GiB"
     )
+    if found.busy > BUSY:
+        line += f"\nother work had {found.busy:.0%} of this machine meanwhile; alone it takes less"
     if found.stated and found.trained:
         weights, width = found.trained
         each = (f"{how} {gib(kept(weights, how, found.processes, width))}" for how in SHARDINGS)

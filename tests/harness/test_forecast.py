@@ -215,6 +215,12 @@ def test_questions_that_cannot_be_had_are_named() -> None:
     assert "unknown" in text
 
 
+def test_a_busy_machine_is_told_beside_times_that_were_calibrated_on_it() -> None:
+    told = "other work had 90% of this machine meanwhile"
+    assert told in table(Forecast((), (), 10, 10, "cpu", busy=0.9))
+    assert "other work" not in table(Forecast((), (), 10, 10, "cpu", busy=0.2))
+
+
 def test_brackets_in_names_and_reasons_are_text() -> None:
     lost = Questions("lm_eval:[x]", 0, 0, None, {}, 0, "absent [/data/x] :smile:")
     work = Work("train", "fused[top_k=4]", None, None, None, 0, None)
