@@ -20,7 +20,8 @@ from harness.answering import packs
 from harness.costs import written
 from harness.evaluate import Item, Loaded, metric_name
 from harness.hashing import definition_hash
-from harness.judging import judge, judge_key, reached, sentence
+from harness.judges import reached
+from harness.judging import judge, judge_key, sentence
 from harness.locks import require
 from harness.plan import Plan, Step
 from harness.progress import bar

@@ -17,8 +17,8 @@ from fusion.errors import RecipeError, RunError
 from harness import judging
 from harness.asking import _talk
 from harness.build import build
+from harness.judges import endpoint
 from harness.judging import (
-    endpoint,
     judge,
     preference_prompts,
     rating_prompts,
