@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from fusion.errors import RecipeError, RunError
@@ -43,14 +42,12 @@ def cluster(address: str | None) -> Iterator[Any]:
     """Ray, connected: to an address, to RAY_ADDRESS, or to a cluster of this machine alone."""
     require()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if address != "local":
-        _show_token()
     import ray
 
     if ray.is_initialized():
         yield ray
         return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         common |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
@@ -66,24 +63,14 @@ def cluster(address: str | None) -> Iterator[Any]:
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(
             f"--address {address}: this machine did not get into a Ray cluster there "
-            f"({str(error).splitlines()[0]}). Is it a cluster of Ray {ray.__version__}? If it asks "
-            "for a token, bring its head's ~/.ray/auth_token to this machine"
+            f"({str(error).splitlines()[0]}). Is it a cluster of Ray {ray.__version__}? If its "
+            "head has a file ~/.ray/auth_token it asks for that: bring it here, and say "
+            "RAY_AUTH_MODE=token before this command"
         ) from error
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _show_token() -> None:
-    """Have Ray show the token that this machine has, if nothing says whether it should.
-
-    A head asks for one if it has one, as each machine has after a local cluster; whoever gives Ray
-    an address is refused by it unless this is said. A cluster that asks for none takes it as well.
-    """
-    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if named or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _reach(address: str) -> None:

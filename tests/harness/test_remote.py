@@ -314,41 +314,17 @@ def test_gpus_are_asked_for_and_must_be_there(
     assert "needs 4 GPUs" in capsys.readouterr().err
 
 
-def test_an_address_where_nothing_answers_is_told_at_once(
-    recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_where_nothing_answers_is_told_at_once(recipe: Path, home: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    monkeypatch.setenv("HOME", str(home))  # no token of Ray's
     with pytest.raises(RunError, match=r"--address 127\.0\.0\.1:1: no Ray cluster answers"):
         run(str(recipe), executor="ray", address="127.0.0.1:1")
     assert not list(home.glob("*/*"))
-
-
-@pytest.mark.parametrize("where", ["home", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", None])
-@pytest.mark.parametrize("said", [None, "disabled"])
-def test_a_token_that_is_here_is_shown_to_a_cluster_unless_that_is_forbidden(
-    where: str | None, said: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
-        monkeypatch.setenv(name, "")  # so that it is as it was when all is over
-        monkeypatch.delenv(name)
-    if where == "home":
-        (tmp_path / ".ray").mkdir()
-        (tmp_path / ".ray" / "auth_token").write_text("a" * 64)
-    elif where:
-        monkeypatch.setenv(where, str(tmp_path))
-    if said:
-        monkeypatch.setenv("RAY_AUTH_MODE", said)
-    remote._show_token()
-    assert os.environ.get("RAY_AUTH_MODE") == (said or ("token" if where else None))
 
 
 def test_a_cluster_that_refuses_this_machine_is_told_with_the_token_it_may_want(
     recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    monkeypatch.setenv("HOME", str(home))  # no token of Ray's
     monkeypatch.setattr(remote, "_reach", lambda address: None)
     for error in (
         ray.exceptions.AuthenticationError("no token"),
