@@ -61,9 +61,14 @@ def cluster(address: str | None) -> Iterator[Any]:
     try:
         ray.init(address=address, **common)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        if address == "local":
+            raise RunError(
+                f"--executor ray: Ray does not start on this machine ({what})"
+            ) from error
         raise RunError(
             f"--address {address}: this machine did not get into a Ray cluster there "
-            f"({str(error).splitlines()[0]}). Is it a cluster of Ray {ray.__version__}? If its "
+            f"({what}). Is it a cluster of Ray {ray.__version__}? If its "
             "head has a file ~/.ray/auth_token it asks for that: bring it here, and say "
             "RAY_AUTH_MODE=token before this command"
         ) from error

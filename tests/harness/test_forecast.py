@@ -215,10 +215,17 @@ def test_questions_that_cannot_be_had_are_named() -> None:
     assert "unknown" in text
 
 
-def test_a_busy_machine_is_told_beside_times_that_were_calibrated_on_it() -> None:
-    told = "other work had 90% of this machine meanwhile"
-    assert told in table(Forecast((), (), 10, 10, "cpu", busy=0.9))
-    assert "other work" not in table(Forecast((), (), 10, 10, "cpu", busy=0.2))
+def test_a_busy_machine_is_told_beside_times_that_were_calibrated_on_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(parse(TEXT, "r", ["machine.device=cpu"]), home)
+    steps = pending(planned, planned.recipe.rows, ("build", "evaluate"))
+    monkeypatch.setattr(rates, "measure", lambda *_: rates.Rates(1e9, 1e9, 1e9))
+    for busy, told in ((0.9, True), (0.2, False)):
+        monkeypatch.setattr("psutil.cpu_percent", lambda _, busy=busy: 100 * busy)
+        assert ("other work had 90% of this machine" in sums(forecast(planned, steps))) is told
+    monkeypatch.setattr("psutil.cpu_percent", lambda _: 90.0)
+    assert "other work" not in sums(forecast(planned, steps, "h100"))
 
 
 def test_brackets_in_names_and_reasons_are_text() -> None:

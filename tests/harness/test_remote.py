@@ -325,6 +325,7 @@ def test_a_cluster_that_refuses_this_machine_is_told_with_the_token_it_may_want(
     recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(remote, "_reach", lambda address: None)
     for error in (
         ray.exceptions.AuthenticationError("no token"),
@@ -337,6 +338,8 @@ def test_a_cluster_that_refuses_this_machine_is_told_with_the_token_it_may_want(
         monkeypatch.setattr(ray, "init", refuses)
         with pytest.raises(RunError, match=r"did not get into a Ray cluster .*\.ray/auth_token"):
             run(str(recipe), executor="ray", address="127.0.0.1:6379")
+        with pytest.raises(RunError, match="Ray does not start on this machine"):
+            run(str(recipe), executor="ray")
     assert not list(home.glob("*/*"))
 
 
