@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers.trainer_utils import set_seed
 
 from fusion import restart
 from fusion.corpus import Piece, read_blocks
-from fusion.ending import end_with_parent
+from fusion.ending import end_with_torchrun
 from fusion.errors import RunError
 from fusion.flops import steps_of
 from fusion.lora import adapt, write
@@ -384,7 +383,7 @@ def _own_device(job: dict) -> str:
 def main() -> None:
     """Run the job file named on the command line."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(signal.SIGKILL)  # a torchrun that is killed leaves its processes behind
+        end_with_torchrun()  # which leaves its processes behind if it is killed
     train(json.loads(Path(sys.argv[1]).read_text()))
     if torch.distributed.is_initialized():
         # A process that leaves while another still saves takes the other's connection with it.

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from fusion.ending import end_with_parent
+from fusion.ending import STARTER, end_with_parent
 from fusion.errors import RunError
 from harness.progress import BEAT, lives, say, saying, signs, working
 from harness.store import home
@@ -196,7 +196,7 @@ def _run(
         command,
         stdout=out,
         stderr=subprocess.STDOUT,
-        env=environment,
+        env=environment | {STARTER: str(os.getpid())},
         preexec_fn=end_with_parent,
     )
     try:

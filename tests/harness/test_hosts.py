@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fusion import ending
 from fusion.errors import RecipeError, RunError
 from harness import hosts, launching
 from harness.hosts import calling, join
@@ -296,7 +297,8 @@ def test_a_training_that_leaves_no_weights_is_no_training(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends processes with their parents")
 @pytest.mark.timeout(300)
-def test_training_processes_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["command", "torchrun"])
+def test_training_processes_end_with_what_started_them(tmp_path: Path, killed: str) -> None:
     job = tmp_path / "job.json"
     os.mkfifo(job)  # which its reader waits at
     code = (
@@ -311,12 +313,29 @@ def test_training_processes_end_with_a_command_that_is_killed(tmp_path: Path) ->
         assert time.monotonic() < deadline
         time.sleep(0.2)
         family = psutil.Process(run.pid).children(recursive=True)
-    run.kill()
+    if killed == "command":
+        run.kill()
+    else:
+        family[0].kill()  # before the other has read what it needs to ask Linux
     run.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     for process in alive:
         process.kill()
     assert not alive
+
+
+def test_a_training_process_whose_torchrun_has_gone_before_it_looked_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ending, "end_with_parent", lambda number: None)  # of the tests themselves
+    above = psutil.Process(os.getppid()).ppid()
+    for starter in (None, above):
+        if starter is not None:
+            monkeypatch.setenv(ending.STARTER, str(starter))
+        ending.end_with_torchrun()
+    monkeypatch.setenv(ending.STARTER, str(os.getppid()))
+    with pytest.raises(SystemExit, match="has gone"):
+        ending.end_with_torchrun()
 
 
 def test_hosts_that_train_together_need_a_folder(store: Path, at: Callable[[str], Path]) -> None:
