@@ -103,14 +103,15 @@ def read_documents(path: Path, heldout: bool = False) -> list[tuple[str, Content
     files = [f for f in files if f.name.removesuffix(".gz").endswith((".jsonl", ".json", ".txt"))]
     if not files:
         key = "heldout" if heldout else "path"
-        raise RunError(
-            f"corpus.{key}: {path} holds no .jsonl, .json or .txt file (each may be .gz)"
-        )
+        what = "is no" if path.is_file() else "holds no"
+        raise RunError(f"corpus.{key}: {path} {what} .jsonl, .json or .txt file (each may be .gz)")
     out: list[tuple[str, Content]] = []
     for file in files:
         inside = file.relative_to(path).parts if heldout and path.is_dir() else ()
         name = inside[0] if len(inside) > 1 else file.name.split(".")[0]
         out += list(_read_file(file, name))
+    if not any(plain(content) for _, content in out):
+        raise RunError(f"corpus.{'heldout' if heldout else 'path'}: {path} holds no text")
     return out
 
 

@@ -12,7 +12,7 @@ block, or (M, T), of the document or span that a position's next token belongs t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -296,13 +296,19 @@ def fused_block(
         )
         for index, (source, vocabulary_map) in enumerate(zip(sources, maps, strict=True))
     ]
-    return function(aligned, losses, **fuse.parameters), losses
+    return function(aligned, losses, **typed(fuse.function, fuse.parameters)), losses
 
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
     """What a recipe may set for a fusion function: its keyword-only parameters."""
     found = inspect.signature(FUSION_FUNCTIONS[name]).parameters
     return {key: p for key, p in found.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def typed(name: str, given: Mapping[str, float | bool]) -> dict[str, float | bool]:
+    """A recipe's parameters as the function declares them: an `int` is no float."""
+    whole = {key for key, p in parameters(name).items() if p.annotation in (int, "int")}
+    return {key: int(value) if key in whole else value for key, value in given.items()}
 
 
 FUSION_FUNCTIONS: dict[str, Callable[..., Aligned]] = {

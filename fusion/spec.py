@@ -94,7 +94,17 @@ Targets = Annotated[
     ),
 ]
 # Which of several shapes a value was read as; no part of a path in the file.
-SHAPES = ("number", "decay", "word", "names", "int", "float", "bool", "dict[str,int]")
+SHAPES = (
+    "number",
+    "decay",
+    "word",
+    "names",
+    "int",
+    "float",
+    "bool",
+    "dict[str,int]",
+    "dict[str,float]",
+)
 
 REFERENCE = {
     "function": "min_ce@reference",
@@ -279,7 +289,9 @@ class Variant(Section):
 class Machine(Section):
     """Where and how fast; nothing here changes a result or rebuilds anything."""
 
-    device: str = operational("auto", "auto, cpu, cuda or cuda:N")
+    device: str = operational(
+        "auto", "auto, cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"
+    )
     batch_tokens: int = operational(4096, "tokens a forward pass when measuring", ge=1)
     generate_rows: int = operational(32, "prompts that generate together", ge=1)
     micro_batch: int = operational(1, "blocks a forward pass when training", ge=1)

@@ -43,7 +43,10 @@ def names(raw: Mapping) -> Problems:
     sources, variants = _mapping(raw, "sources"), _mapping(raw, "variants")
     for section, names in (("sources", sources), ("variants", variants)):
         for name in names:
-            if not isinstance(name, str) or not NAME.fullmatch(name):
+            if not isinstance(name, str):
+                what = f"YAML reads this name as {name!r}; put it in quotes"
+                yield f"{section}.{name}", what
+            elif not NAME.fullmatch(name):
                 yield f"{section}.{name}", "a row's name is letters, digits and _ . - @"
     for name in variants:
         if name in sources:
@@ -63,7 +66,8 @@ def references(raw: Mapping) -> Problems:
     def check(path: str, value: Any, known: list[str]) -> Problems:
         if isinstance(value, str) and value not in known:
             rows = [str(row) for row in known]
-            yield path, f"'{value}' is no row here; rows: {', '.join(rows)}{close(value, rows)}"
+            listed = ", ".join(rows) or "none"
+            yield path, f"'{value}' is no row here; rows: {listed}{close(value, rows)}"
 
     for name, kind, section in _variants(raw):
         at = f"variants.{name}.{kind}"
@@ -182,15 +186,18 @@ def _adapters(raw: Mapping, machine: Mapping) -> Problems:
             )
 
 
-def corpora(raw: Mapping) -> Problems:
-    """A corpus that would be made on the spot, but is none of those there are."""
-    from harness.tiny import CORPORA
+def tiny(raw: Mapping) -> Problems:
+    """A corpus or a source that would be made on the spot, but is none of those there are."""
+    from harness.tiny import CORPORA, MODELS
 
-    path = _mapping(raw, "corpus").get("path")
-    known = [f"tiny:{name}" for name in CORPORA]
-    if isinstance(path, str) and path.startswith("tiny:") and path not in known:
-        listed = ", ".join(known)
-        yield "corpus.path", f"'{path}' is unknown; known: {listed}{close(path, known)}"
+    given = [("corpus.path", _mapping(raw, "corpus").get("path"), list(CORPORA))]
+    for name, source in _mapping(raw, "sources").items():
+        if isinstance(source, dict):
+            given.append((f"sources.{name}.path", source.get("path"), list(MODELS)))
+    for at, path, names in given:
+        known = [f"tiny:{name}" for name in names]
+        if isinstance(path, str) and path.startswith("tiny:") and path not in known:
+            yield at, f"'{path}' is unknown; known: {', '.join(known)}{close(path, known)}"
 
 
 def statistics(raw: Mapping) -> Problems:
@@ -257,6 +264,8 @@ def suites(raw: Mapping) -> Problems:
     evaluate = _mapping(raw, "evaluate")
     suites = _list(evaluate, "suites")
     for index, suite in enumerate(suites):
+        if suite in suites[:index]:
+            yield f"evaluate.suites[{index}]", f"'{suite}' is named twice"
         if not isinstance(suite, str) or suite.startswith("lm_eval:"):
             continue
         try:
@@ -304,5 +313,26 @@ def suites(raw: Mapping) -> Problems:
 
 def close(word: Any, known: Sequence[str]) -> str:
     """The nearest known word in brackets, if one is near; a key may be no word."""
-    match = difflib.get_close_matches(str(word), known, n=1)
-    return f" ({match[0]}?)" if match else ""
+    kinds = [name for name in known if name.startswith(f"{word}@")]
+    match = kinds or difflib.get_close_matches(str(word), known, n=1)
+    return f" ({' or '.join(match)}?)" if match else ""
+
+
+def not_right(error: Any, description: str | None = None) -> str:
+    """What a value that pydantic refuses is, and what it should be, in a recipe's words.
+
+    description: of the field, for values that are described better than by a pattern.
+    """
+    kind, found = error["type"], error["input"]
+    if kind == "too_short":
+        return f"is empty; should have at least {error['ctx']['min_length']} item"
+    shown = "a mapping" if isinstance(found, dict) else repr(found)
+    shown = "a list" if isinstance(found, list) else shown
+    message = error["msg"].removeprefix("Input should be ")
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        message = "a mapping"
+    elif kind in ("list_type", "tuple_type"):
+        message = "a list"
+    elif kind == "string_pattern_mismatch" and description:
+        message = description
+    return f"{shown} is not right; should be {message}"

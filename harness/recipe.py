@@ -25,13 +25,14 @@ from fusion.spec import SHAPES, Corpus, Dtype, Machine, Section, Source, Variant
 from harness.checks import (
     budgets,
     close,
-    corpora,
     kept,
     names,
+    not_right,
     processes,
     references,
     statistics,
     suites,
+    tiny,
 )
 from harness.methods import methods
 
@@ -157,10 +158,8 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Loaded:
         path = BUNDLED / f"{reference}.yaml"
     if not path.is_file():
         hint = close(reference, bundled())
-        raise RecipeError(
-            f"{reference}: no such file, and no recipe of that name; bundled: "
-            f"{', '.join(bundled())}{hint}"
-        )
+        what = "a folder" if path.is_dir() else "no such file, and no recipe of that name"
+        raise RecipeError(f"{reference}: {what}; bundled: {', '.join(bundled())}{hint}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -186,9 +185,11 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems += [_explain(e, raw) for e in error.errors()]
-    problems += [*names(raw), *references(raw), *budgets(raw), *processes(raw), *methods(raw)]
-    problems += [*corpora(raw), *statistics(raw), *kept(raw), *suites(raw)]
+        problems += _shapes(error.errors())
+    found = [*names(raw), *references(raw), *budgets(raw), *processes(raw), *methods(raw)]
+    found += [*tiny(raw), *statistics(raw), *kept(raw), *suites(raw)]
+    known = {path for path, _ in found}
+    problems = [*(one for one in problems if one[0] not in known), *found]
     if problems or recipe is None:
         unique = dict.fromkeys(problems)
         width = max(len(path) for path, _ in unique)
@@ -329,27 +330,38 @@ def _is_section(model: Any) -> bool:
     return isinstance(model, type) and issubclass(model, Section)
 
 
-def _explain(error: Any, raw: dict) -> tuple[str, str]:
+def _shapes(errors: Sequence[Any]) -> list[tuple[str, str]]:
+    """What is wrong with the file's shape, one line a place; a key that is no text is `names`'."""
+    said: dict[str, str] = {}
+    for error in errors:
+        if error["loc"][-1] == "[key]":
+            continue
+        path, message = _explain(error)
+        _, should, other = message.partition("; should be ")
+        known = said.get(path, "")
+        if should and should in known and not known.endswith(other):
+            said[path] = f"{known} or {other}"
+        else:
+            said.setdefault(path, message)
+    return list(said.items())
+
+
+def _explain(error: Any) -> tuple[str, str]:
     location = [part for part in error["loc"] if part not in SHAPES]
     path = ".".join(str(part) for part in location)
     kind, found = error["type"], error["input"]
+    model = _model_at(location[:-1])
+    field = model.model_fields.get(str(location[-1])) if model else None
     if kind == "extra_forbidden":
-        model = _model_at(location[:-1])
         allowed = _keys(model) if model else []
         extra = ["matrix"] if model is Variant else []
         hint = close(str(location[-1]), [*allowed, *extra])
         return path, f"unknown key; allowed: {', '.join([*allowed, *extra])}{hint}"
     if kind == "missing":
-        model = _model_at(location[:-1])
-        field = model.model_fields.get(str(location[-1])) if model else None
         return path, f"missing{f': {field.description}' if field and field.description else ''}"
     if kind == "literal_error":
         return path, f"{found!r} is unknown; known: {error['ctx']['expected']}"
-    message = error["msg"].removeprefix("Input should be ")
-    shown = (
-        found if isinstance(found, (str, int, float, bool, type(None))) else type(found).__name__
-    )
-    return path, f"{shown!r} is not right; should be {message}"
+    return path, not_right(error, field.description if field else None)
 
 
 def schema() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from fusion.spec import Variant
 from harness import mirror
+from harness.build import needed
 from harness.contamination import contamination
 from harness.keeping import told
 from harness.plan import Plan, Step, suite_of
@@ -42,13 +44,14 @@ def write(plan: Plan, loaded: Loaded, reasons: dict[str, str]) -> tuple[Report, 
         cells[row] = {}
         for suite in recipe.evaluate.suites:
             cells[row][suite] = _cell(plan, row, runs[row, suite], reasons)
+    stages = _stages(plan)
     index = {
         "recipe": loaded.name,
         "recipe_yaml": loaded.text,
         "overrides": list(loaded.overrides),
         "reference": recipe.reference,
         "seed": recipe.seed,
-        "rows": [_row(plan, row) for row in recipe.rows],
+        "rows": [_row(plan, row) | {"stages": stages[row]} for row in recipe.rows],
         "suites": [
             _suite(plan, name, runs) | {"margin": recipe.margin(name)}
             for name in recipe.evaluate.suites
@@ -205,7 +208,6 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
         "cost": _cost(folder) if folder else None,
         "training_log": _relative(plan, log) if log and log.exists() else None,
         "captures": captures,
-        "stages": _stages(plan, row),
         "sources": _drawn_on(variant),
         "target": _target(plan, row),
         "won": facts.get("won"),
@@ -213,18 +215,26 @@ def _row(plan: Plan, row: str) -> dict[str, Any]:
     }
 
 
-def _stages(plan: Plan, row: str) -> list[dict[str, Any]]:
-    """The finished folders that were made for a row, with what they cost."""
-    return [
-        {
-            "stage": step.kind,
-            "name": step.name,
-            "shared_by": len(step.rows),
-            "cost": _cost(step.folder),
-        }
-        for step in plan.builds()
-        if row in step.rows and step.done
-    ]
+def _stages(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """The finished folders that each row stands on, the rows it was made from with theirs, and what
+    they cost.
+    """
+    standing = {row: needed(plan, [row]) for row in plan.recipe.rows}
+    shared = Counter(key for keys in standing.values() for key in keys)
+    done = [step for step in plan.builds() if step.done]
+    return {
+        row: [
+            {
+                "stage": step.kind,
+                "name": step.name,
+                "shared_by": shared[step.identity],
+                "cost": _cost(step.folder),
+            }
+            for step in done
+            if step.identity in keys
+        ]
+        for row, keys in standing.items()
+    }
 
 
 def _drawn_on(variant: Variant | None) -> list[str]:

@@ -14,7 +14,7 @@ from harness.machine import device
 from harness.plan import Plan, Step, inputs, plan, suite_of
 from harness.progress import say
 from harness.recipe import Loaded, load
-from harness.store import home, read_manifest
+from harness.store import home, made_home, read_manifest
 
 if TYPE_CHECKING:
     from reports.cells import Report
@@ -45,6 +45,7 @@ def run(
     if dry_run:
         print(overview(planned, rows, stages))
         return 0
+    made_home()
     reasons: dict[str, str] = {}
     waiting = pending(planned, rows, stages)
     if waiting:

@@ -49,11 +49,30 @@ def home() -> Path:
     """
     address = url()
     if address is None:
-        return Path(os.environ.get("KFUSE_HOME") or "runs").absolute()
+        path = Path(os.environ.get("KFUSE_HOME") or "runs").absolute()
+        if path.is_file():
+            raise RunError(f"KFUSE_HOME: {path} is a file; name a folder")
+        return path
     if own := os.environ.get("KFUSE_MIRROR"):
         return Path(own).absolute()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return caches / "kfuse" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def made_home() -> Path:
+    """`home()`, made if it is not there; RunError if it cannot be, or nothing can be written."""
+    path = home()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = beside(path / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        said = error.strerror or error
+        raise RunError(
+            f"KFUSE_HOME: nothing can be written into {path} ({said}); name another folder"
+        ) from error
+    return path
 
 
 def url() -> str | None:

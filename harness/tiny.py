@@ -182,7 +182,7 @@ _TURNS = (
     "{{ '[' + m.role + ']\\n' + m.content.strip() + eos_token + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
 )
-_MODELS: dict[str, tuple[Callable, Callable, dict[str, str], int]] = {
+MODELS: dict[str, tuple[Callable, Callable, dict[str, str], int]] = {
     "llama": (_byte_level, _llama, {"eos_token": "<|end|>", "chat_template": _CHAT}, 1),
     "gemma": (
         _sentencepiece,
@@ -207,15 +207,15 @@ _MODELS: dict[str, tuple[Callable, Callable, dict[str, str], int]] = {
 
 def make_model(name: str, out: Path) -> None:
     """Write one tiny model folder; RunError lists the known names."""
-    if name not in _MODELS:
-        raise RunError(f"tiny:{name}: unknown; known: {', '.join(f'tiny:{n}' for n in _MODELS)}")
+    if name not in MODELS:
+        raise RunError(f"tiny:{name}: unknown; known: {', '.join(f'tiny:{n}' for n in MODELS)}")
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from fusion.models import quiet
 
     quiet()
-    train, config, specials, seed = _MODELS[name]
+    train, config, specials, seed = MODELS[name]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=train(), **specials)
     # A generator of our own would not reach the layers' initialisation; the state is put back.
     state = torch.random.get_rng_state()

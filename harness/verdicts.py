@@ -17,7 +17,7 @@ from harness import mirror
 from harness.gate_file import load
 from harness.report import machine
 from harness.run import show
-from harness.store import home, identity, provenance, url, write_json, write_text
+from harness.store import home, identity, made_home, provenance, url, write_json, write_text
 
 if TYPE_CHECKING:
     from reports.lm_eval_results import Imported
@@ -65,14 +65,16 @@ def compare(
 ) -> str:
     """Two rows as Markdown; all items that differ go to `csv`. RunError says what does not fit."""
     from reports import compare_formats
-    from reports.compare import compare_all, open_pairs
+    from reports.compare import compare_all, open_pairs, scored
 
     _bring_rows([base, candidate], report)
     with _readable():
-        found = compare_all(open_pairs(base, candidate, home(), report), margin=margin)
+        pairs, gaps = open_pairs(base, candidate, home(), report)
+        pairs, unscored = scored(pairs)
+        found = compare_all(pairs, margin=margin)
     if csv:
         write_text(csv, compare_formats.comma_separated(found))
-    return compare_formats.markdown(found, items)
+    return compare_formats.markdown(found, items, gaps + unscored)
 
 
 def gate(
@@ -85,23 +87,30 @@ def gate(
 ) -> tuple[str, int]:
     """The gate's summary and exit code: 0 pass, 1 fail, 3 inconclusive.
 
+    Without a file, suites that neither row has a score of are left out and named.
     RecipeError, which is exit 2, for a wrong gate file and for runs that cannot be compared: a
     failed measurement must not look like a failed candidate.
     """
     from reports import gate_formats
-    from reports.compare import open_pairs
+    from reports.compare import open_pairs, scored
     from reports.gate import EXIT, default, judge
 
     try:
         _bring_rows([base, candidate], report)
         with _readable():
-            pairs = open_pairs(base, candidate, home(), report)
-            result = judge(load(file, pairs) if file else default(pairs), pairs)
-        text = gate_formats.markdown(result)
-        if markdown:
-            write_text(markdown, text)
-        if junit:
-            write_text(junit, gate_formats.junit(result))
+            pairs, gaps = open_pairs(base, candidate, home(), report)
+            if file:
+                result, gaps = judge(load(file, pairs), pairs), []
+            else:
+                pairs, unscored = scored(pairs, one_sided=False)
+                result, gaps = judge(default(pairs), pairs), gaps + unscored
+        text = gate_formats.markdown(result, gaps)
+        files = {markdown: text, junit: gate_formats.junit(result)}
+        for path in filter(None, files):
+            try:
+                write_text(path, files[path])
+            except RunError as error:  # the verdict is there all the same
+                raise RunError(f"{text}\n{error}") from error
     except RunError as error:
         raise RecipeError(str(error)) from error
     return text, EXIT[result.outcome]
@@ -147,7 +156,7 @@ def report_runs(paths: Sequence[Path], reference: str | None, name: str) -> None
         if taken:
             raise RunError(f"{row} on {suite}: two runs, {taken} and {run.folder}; give one")
         cells[row][suite] = {"run": str(run.folder.resolve())}
-    path = home() / "reports" / f"{name}-{identity(cells)[:8]}" / "index.json"
+    path = made_home() / "reports" / f"{name}-{identity(cells)[:8]}" / "index.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, _index(name, reference or rows[0], runs, names, suites) | {"cells": cells})
     with _readable():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,6 +28,14 @@ KEY = ["task", "doc_id"]
 
 class NotComparable(ValueError):
     """Two runs that must not or cannot be compared; says why."""
+
+
+class Unscored(NotComparable):
+    """Two runs without a task, or any item, that both have a score of."""
+
+    def __init__(self, said: str, one_sided: bool) -> None:
+        super().__init__(said)
+        self.one_sided = one_sided  # one of the rows does have scores there
 
 
 def opened(read: Callable[[Any], T], what: Any) -> T:
@@ -83,30 +92,58 @@ class Comparison:
 
 def open_pairs(
     base: str, candidate: str, home: Path, report: str | None = None
-) -> list[tuple[Run, Run]]:
-    """The runs that two names stand for, suite by suite in the report's order.
+) -> tuple[list[tuple[Run, Run]], list[str]]:
+    """The runs that two names stand for, suite by suite in the report's order, and which suites of
+    the report one of them has no run of, and why.
 
     A name is a run's folder, or a row of a report in `home`. FileNotFoundError says
     what is missing, NotComparable what cannot be read, or that the rows share no measured suite.
     """
     folders = [Path(base), Path(candidate)]
     if all(folder.is_dir() for folder in folders) and report is None:
-        return _apart([(opened(Run.open, folders[0]), opened(Run.open, folders[1]))])
+        return _apart([(opened(Run.open, folders[0]), opened(Run.open, folders[1]))]), []
     index = find_report([base, candidate], home, report)
     cells = opened(read_json, index)["cells"]
     root = index.resolve().parent.parent.parent
     pairs = []
     reasons = []
     for suite in cells[base]:
-        found = [cells[row][suite] for row in (base, candidate)]
-        if all("run" in cell for cell in found):
-            one, two = (opened(Run.open, root / cell["run"]) for cell in found)
-            pairs.append((one, two))
+        found = {row: cells[row][suite] for row in (base, candidate)}
+        lacking = {row: cell["reason"] for row, cell in found.items() if "run" not in cell}
+        if lacking:
+            reasons.append(f"{suite}: {'; '.join(f'{r}: {why}' for r, why in lacking.items())}")
         else:
-            reasons += [f"{suite}: {cell['reason']}" for cell in found if "run" not in cell]
+            one, two = (
+                opened(Run.open, root / cells[row][suite]["run"]) for row in (base, candidate)
+            )
+            pairs.append((one, two))
     if not pairs:
         raise NotComparable(f"{base} and {candidate} share no measured suite: {'; '.join(reasons)}")
-    return _apart(pairs)
+    return _apart(pairs), reasons
+
+
+def scored(
+    pairs: Sequence[tuple[Run, Run]], *, one_sided: bool = True
+) -> tuple[list[tuple[Run, Run]], list[str]]:
+    """The pairs whose suite has a gain, and of the others what has no score on both sides.
+
+    one_sided: leave a suite out also where one row does have scores; else that is Unscored.
+    Unscored too if nothing is left.
+    """
+    kept, reasons, last = [], [], None
+    for base, candidate in pairs:
+        try:
+            _joined(base, candidate)
+        except Unscored as error:
+            if error.one_sided and not one_sided:
+                raise
+            last = error
+            reasons.append(str(error))
+        else:
+            kept.append((base, candidate))
+    if last and not kept:
+        raise last
+    return kept, reasons
 
 
 def _apart(pairs: list[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
@@ -134,15 +171,21 @@ def find_report(rows: list[str], home: Path, report: str | None = None) -> Path:
     if report and not (given and given.exists()):
         named = [p for p in found if report in (p.parent.name, p.parent.name.rpartition("-")[0])]
         known = {path: known[path] for path in named}
+        if not known:
+            there = ", ".join(p.parent.name for p in found) or "none"
+            raise FileNotFoundError(f"{report}: no such report in {home}/reports; there: {there}")
     fitting = [path for path, names in known.items() if set(rows) <= set(names)]
     if len(fitting) == 1:
         return fitting[0]
     listed = "; ".join(f"{p.parent.name}: {', '.join(names)}" for p, names in known.items())
     wanted = " and ".join(dict.fromkeys(rows))
     if not fitting:
+        every = list(dict.fromkeys(name for names in known.values() for name in names))
+        near = [get_close_matches(row, every, n=1) for row in rows if row not in every]
+        hint = f" ({' and '.join(match[0] for match in near)}?)" if near and all(near) else ""
         raise FileNotFoundError(
             f"{wanted}: no run folder, and no report in {home}/reports has such rows"
-            f"{f'; rows of {listed}' if listed else '; make one with `kfuse report RECIPE`'}"
+            f"{f'; rows of {listed}' if listed else '; make one with `kfuse report RECIPE`'}{hint}"
         )
     raise FileNotFoundError(
         f"{wanted}: {len(fitting)} reports have these rows; choose one with --report: "
@@ -155,20 +198,9 @@ def compare(base: Run, candidate: Run, level: float = LEVEL, items: bool = True)
 
     items: also read the raw records and list where the rows differ.
     """
-    wrong = differences(candidate.manifest, base.manifest)
-    if wrong:
-        raise NotComparable(f"{_label(base, candidate)}: " + "; ".join(wrong))
     both, recorded = _joined(base, candidate)
     measured = candidate.manifest["tasks"]
     groups = dict(list(both.groupby("task", sort=False)))
-    # A small sample may leave a task out altogether; one that was asked must have been scored.
-    asked = recorded if candidate.manifest["partial"] else {t["task"]: 0 for t in measured}
-    missing = [task for task in asked if task not in groups]
-    if missing:
-        raise NotComparable(
-            f"{_label(base, candidate)}: no item of {', '.join(missing)} was scored on both sides, "
-            "so the suite has no gain"
-        )
     drawn = [t["task"] for t in measured if t["task"] in groups]
     titles = {t["task"]: t.get("title", t["task"]) for t in measured}
     tasks = adjusted([_difference(titles[name], groups[name], candidate, level) for name in drawn])
@@ -248,8 +280,11 @@ def primary(run: Run) -> pd.DataFrame:
 
 def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, dict[str, int]]:
     """Items scored on both sides, with `difference` positive where the candidate is better; and how
-    many items, scored or not, each task has on both sides.
+    many items, scored or not, each task has on both sides. Unscored if a task has none.
     """
+    wrong = differences(candidate.manifest, base.manifest)
+    if wrong:
+        raise NotComparable(f"{_label(base, candidate)}: " + "; ".join(wrong))
     one, two = primary(candidate), primary(base)
     both = one.merge(two, on=KEY, suffixes=("", "_base"), validate="one_to_one", how="inner")
     alone = len(one) + len(two) - 2 * len(both)
@@ -259,9 +294,20 @@ def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, dict[str, int]]:
             "evaluate both rows again on the same questions"
         )
     scored = both.value.notna() & both.value_base.notna()
-    if not scored.any():
-        raise NotComparable(f"{_label(base, candidate)}: no item was scored on both sides")
     recorded = {str(task): len(some) for task, some in both.groupby("task", sort=False)}
+    # A small sample may leave a task out altogether; one that was asked must have been scored.
+    listed = [task["task"] for task in candidate.manifest["tasks"]]
+    asked = list(recorded) if candidate.manifest["partial"] else listed
+    missing = [task for task in asked if not scored[both.task == task].any()]
+    if missing or not scored.any():
+        lost = both[both.task.isin(missing)]
+        one_sided = bool(lost.value.notna().any() or lost.value_base.notna().any())
+        which = f" of {', '.join(missing)}" if scored.any() else ""
+        raise Unscored(
+            f"{_label(base, candidate)}: no item{which} was scored on both sides, "
+            "so the suite has no gain",
+            one_sided,
+        )
     both = both[scored].reset_index(drop=True)
     unlike = both.weight != both.weight_base
     if unlike.any():

@@ -18,12 +18,12 @@ def column(comparison: Comparison) -> Column:
     return Column(comparison.suite, comparison.suite, True, comparison.unit)
 
 
-def shown(text: object) -> str:
+def shown(text: object, width: int = WIDTH) -> str:
     """Text of a model or a task on one line: no control characters, shortened in the middle."""
     quoted = json.dumps(str(text), ensure_ascii=False)[1:-1]
     quoted = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
-    if len(quoted) > WIDTH:
-        quoted = f"{quoted[: WIDTH // 2]} … {quoted[-WIDTH // 2 :]}"
+    if len(quoted) > width:
+        quoted = f"{quoted[: width // 2]} … {quoted[-width // 2 :]}"
     return _escape(quoted)
 
 
@@ -50,8 +50,15 @@ HEAD = (
 )
 
 
-def markdown(comparisons: Sequence[Comparison], items: int = 20) -> str:
-    """Suites, their tasks, and up to `items` differing items of each suite."""
+def left_out(reasons: Sequence[str]) -> list[str]:
+    """Lines that say which suites are not compared."""
+    return ["", "## Not compared", "", *(f"- {shown(reason, 400)}" for reason in reasons)] * bool(
+        reasons
+    )
+
+
+def markdown(comparisons: Sequence[Comparison], items: int = 20, gaps: Sequence[str] = ()) -> str:
+    """Suites, their tasks, up to `items` differing items of each suite, and what is left out."""
     first = comparisons[0]
     lines = [f"# {shown(first.candidate)} against {shown(first.base)}", ""]
     lines.append(f"{SIGN}. Scores that are fractions are shown in percent.")
@@ -71,6 +78,7 @@ def markdown(comparisons: Sequence[Comparison], items: int = 20) -> str:
         if comparison.unscored:
             lines.append(f"{comparison.unscored} items have no score on at least one side.")
         lines += _items(comparison, items)
+    lines += left_out(gaps)
     return "\n".join(lines) + "\n"
 
 

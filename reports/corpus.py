@@ -130,7 +130,8 @@ def paired_corpus(
     """The gain in a corpus' score over the reference with an interval and a p-value.
 
     signs (n,): of each item's difference, for the counts of better and worse. The interval has the
-    percentiles of the difference on the same drawn items (Koehn 2004). The p-value is that of
+    percentiles of the difference on the same drawn items (Koehn 2004), and `null_variance` is their
+    variance: that of the swapped rows has the gain itself in it. The p-value is that of
     approximate randomisation, which swaps the two rows' items (Riezler & Maxwell 2005): all ways of
     swapping where few items differ, else DRAWS of them. ValueError for unlike shapes or no item.
     """
@@ -153,7 +154,7 @@ def paired_corpus(
         low=low,
         high=high,
         p_value=p_value,
-        null_variance=float(np.mean(swapped**2)),
+        null_variance=float(np.var(spread)),
         n=len(counts_nK),
         better=int((sign > 0).sum()),
         worse=int((sign < 0).sum()),

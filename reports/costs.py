@@ -1,4 +1,5 @@
-"""What rows cost: every stage that a row needed, and one token at inference.
+"""What rows cost: every stage that a row needed, those of the rows it was made from, too, and one
+token at inference.
 
 Read from the manifests by way of the index. Seconds, memory and bytes are as measured on the
 machine at hand; FLOPs and tokens are counted. A stage that several rows share (a packed corpus, a

@@ -104,7 +104,8 @@ def reasons(report: Report) -> list[str]:
     """Why cells have no number, equal reasons together."""
     grouped: dict[str, list[str]] = {}
     for cell in report.gaps:
-        grouped.setdefault(str(cell.reason), []).append(f"{cell.row}/{cell.suite}")
+        reason = str(cell.reason).removeprefix("not measured: ")
+        grouped.setdefault(reason, []).append(f"{cell.row}/{cell.suite}")
     return [f"{', '.join(cells)}: {reason}" for reason, cells in grouped.items()]
 
 
@@ -178,6 +179,8 @@ def health(report: Report) -> list[str]:
     lines.append(f"| row | suite | items | {' | '.join(shown_kinds.values())} |")
     lines.append("|" + " --- |" * (3 + len(shown_kinds)))
     for cell, counts in found:
+        if cell.reason and not counts.get("infra"):
+            counts.pop("infra", None)  # nobody judged: that is not zero of them
         shown = " | ".join(str(counts.get(kind, "–")) for kind in shown_kinds)
         lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {cell.n} | {shown} |")
     return lines

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 
 from reports.cells import Column
-from reports.compare_formats import shown
+from reports.compare_formats import left_out, shown
 from reports.formats import interval, number, signed
 from reports.gate import Check, Result
 
@@ -50,8 +51,8 @@ def found(check: Check) -> str:
     return f"{signed(d.gain, kind)} ({span}; +{d.better} −{d.worse} of {d.n})"
 
 
-def markdown(result: Result) -> str:
-    """The summary: what could be shown, then what was."""
+def markdown(result: Result, gaps: Sequence[str] = ()) -> str:
+    """The summary: what could be shown, then what was, and which suites are not judged."""
     lines = [f"# Gate: {shown(result.candidate)} against {shown(result.base)}: {result.outcome}"]
     lines += ["", "## What these items can show", "", "| claim | power |", "| --- | --- |"]
     for check in result.checks:
@@ -66,6 +67,7 @@ def markdown(result: Result) -> str:
         f"The gate passes if every claim does, each at α = {result.alpha:g} (one-sided; "
         f"superiority two-sided); it fails at α / {len(result.checks)}, the number of claims. "
         "All else is inconclusive: measure more items, or widen the margin before looking.",
+        *left_out(gaps),
     ]
     return "\n".join(lines) + "\n"
 

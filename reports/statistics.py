@@ -146,17 +146,33 @@ def paired_bootstrap(
     gain = macro([float(part[:, 0].sum() / part[:, 1].sum()) for part in parts.strata])
     low, high = limits(parts.strata, generator, draws, level, method)
     shares = [part[:, 0] / (part[:, 1].sum() * len(parts.strata)) for part in parts.strata]
-    flips = np.concatenate(shares)
     return Paired(
         gain=gain,
         low=low,
         high=high,
-        p_value=sign_flip(flips, generator, draws),
-        null_variance=float(np.sum(flips**2)),
+        p_value=sign_flip(np.concatenate(shares), generator, draws),
+        null_variance=_null_variance(parts),
         n=len(parts.differences),
         better=int((parts.differences > 0).sum()),
         worse=int((parts.differences < 0).sum()),
     )
+
+
+def _null_variance(parts: _Parts) -> float:
+    """Σ_tasks Σ_clusters (Σ w·(d − d̄))² / (H·Σ w)²: of the gain if both rows were equally good.
+
+    Right/wrong items would then differ as often but as often either way, so d̄ is 0: McNemar's
+    variance. Other scores would differ as much about 0 as they do about the task's own gain d̄, with
+    n − 1 of n clusters; a task of one cluster cannot tell, and keeps d̄ = 0, which is careful.
+    """
+    right_or_wrong = bool(np.isin(parts.differences, (-1.0, 0.0, 1.0)).all())
+    total = 0.0
+    for part in parts.strata:
+        moved, weight, n = part[:, 0], part[:, 1], len(part)
+        if not right_or_wrong and n > 1:
+            moved = (moved - moved.sum() / weight.sum() * weight) * np.sqrt(n / (n - 1))
+        total += float(np.sum((moved / (weight.sum() * len(parts.strata))) ** 2))
+    return total
 
 
 def score_interval(

@@ -23,7 +23,9 @@ from fusion.functions import (
     min_ce,
     min_ce_reference,
     min_entropy,
+    typed,
 )
+from fusion.spec import Fuse
 
 ALL = pytest.mark.parametrize("name", FUSION_FUNCTIONS)
 # dual_min_ce knows its first source as the target, so that order and copies mean something else.
@@ -74,6 +76,17 @@ def test_fusing_copies_gives_the_copy(name: str, seed: int, M: int) -> None:
     fused = FUSION_FUNCTIONS[name]([source] * M, np.full(M, 0.7))
     assert abs(fused.probabilities - source.probabilities).max() < 1e-12
     assert (fused.covered == source.covered).all()
+
+
+def test_a_whole_number_reaches_a_function_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(sources: list[Aligned], bits_per_byte: np.ndarray, *, at: int = 0, by: float = 0.0):  # type: ignore[no-untyped-def]
+        return sources[at]
+
+    monkeypatch.setitem(FUSION_FUNCTIONS, "first", first)
+    section = {"sources": ["a", "b"], "function": "first", "clm_weight": 0.9}
+    fuse = Fuse.model_validate(section | {"parameters": {"at": 1, "by": 1}})
+    given = typed("first", fuse.parameters)
+    assert (given, type(given["at"]), type(given["by"])) == ({"at": 1, "by": 1.0}, int, float)
 
 
 def test_min_ce_takes_the_best_source_and_the_earlier_one_at_a_tie() -> None:

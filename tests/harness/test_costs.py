@@ -175,7 +175,12 @@ def test_the_report_shows_what_rows_cost_and_beside_what_they_stand(built: Plan)
         assert f"## {heading}" in text
     costs = pd.read_csv(files["costs"])
     stages = list(costs[costs.row == "fused"].stage)
-    assert stages == ["pack", "capture", "map", "capture", "map", "train", "evaluate"]
+    fetched = ["fetch", "fetch", "pack"]
+    assert stages == [*fetched, "capture", "map", "capture", "map", "train", "evaluate"]
+    merged = costs[costs.row == "merged"]
+    assert {"fused", "equal"} == set(merged[merged.stage == "train"].of)  # what it was made from
+    (trained,) = costs[(costs.row == "fused") & (costs.of == "fused")].shared_by
+    assert trained == 2  # fused, merged
     assert costs[costs.stage == "train"].flops.notna().all()
     lines = pd.read_csv(files["lines"])
     assert set(lines[lines.row == "fused"].line) == {

@@ -12,6 +12,7 @@ from fusion.errors import RunError
 from harness import machine
 from harness.plan import Plan, plan
 from harness.recipe import load
+from tests.harness.test_verdicts import kfuse
 
 
 def planned(home: Path, *overrides: str) -> Plan:
@@ -58,3 +59,30 @@ def test_a_file_of_deepspeed_goes_by_its_whole_path(
     assert machine.deepspeed(planned(home)) is None
     assert machine.deepspeed(planned(home, "deepspeed=zero3")) == "zero3"
     assert machine.deepspeed(planned(home, "deepspeed=own.json")) == str(tmp_path / "own.json")
+
+
+@pytest.mark.parametrize(
+    "command", [("run", "tiny"), ("report", "tiny"), ("status", "tiny"), ("plan", "tiny")]
+)
+def test_a_store_that_is_a_file_is_told_by_its_variable(
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path / "file"))
+    assert kfuse(monkeypatch, *command) == 1
+    assert f"KFUSE_HOME: {tmp_path}/file is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "file/below"])
+def test_a_store_that_cannot_be_made_is_told_before_any_work(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path / place))
+    for command in ("run", "report"):
+        assert kfuse(monkeypatch, command, "tiny") == 1
+        assert "KFUSE_HOME: nothing can be written into" in capsys.readouterr().err

@@ -123,6 +123,20 @@ def test_all_mistakes_come_in_one_message() -> None:
         ("packllm_sim", "packllm_sim, parameters: {temperature: 0}", "should be above 0"),
         ("packllm_sim", "mean_logit, level: chunk", "does not go with mean_logit"),
         ("sources:", "sources: [", "not valid YAML"),
+        (
+            "variants:\n",
+            "machine: {device: gpu}\nvariants:\n",
+            "should be auto, cpu, cuda or cuda:N",
+        ),
+        (
+            "suites: [tiny_text, tiny_choice]",
+            "suites: []",
+            "is empty; should have at least 1 item",
+        ),
+        ("suites: [tiny_text, tiny_choice]", "suites: [tiny_text, tiny_text]", "is named twice"),
+        ("linear, parameters: {weights: [1, 2]", "ties, parameters: {x: 1", "(ties@paper or"),
+        ("function: min_ce", "function: avg_ce, parameters: {temperature: true}", "a number"),
+        ("function: min_ce", "fidelity: reference, parameters: {bfloat16: 3}", "true or false"),
     ],
 )
 def test_one_mistake(old: str, new: str, expected: str) -> None:
@@ -163,6 +177,8 @@ def test_overrides_go_through_the_same_door() -> None:
     ("old", "new", "expected"),
     [
         ("sources:\n", "sources:\n  1: {path: x}\n", "sources.1"),
+        ("sources:\n", "sources:\n  yes: {path: x}\n", "reads this name as True; put it in quotes"),
+        ("sources:\n", "sources:\n  c: {path: tiny:lama}\n", "(tiny:llama?)"),
         ("weights: [1, 2]", "1: 2", "'linear' has no such parameter"),
     ],
 )

@@ -16,7 +16,7 @@ from reports.items import items
 from reports.table import read
 from tasks.published import PUBLISHED, Published
 from tasks.suite import load_suite
-from tests.reports.test_compare import RIGHT, evaluation
+from tests.reports.test_compare import RIGHT, evaluation, index
 
 
 def kfuse(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -134,6 +134,37 @@ def test_runs_that_cannot_be_compared_are_exit_two_of_a_gate(
     manifest = base / "manifest.json"
     manifest.write_text(json.dumps({"kind": "model"}))
     assert kfuse(monkeypatch, "gate", base, other) == 2
+
+
+def test_suites_without_a_score_are_named_and_the_others_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFUSE_HOME", str(tmp_path))
+    cells: dict[str, dict[str, dict[str, str]]] = {}
+    values = {"suite": RIGHT, "unjudged": np.full(100, np.nan), "lost": RIGHT}
+    for row in ("base", "new"):
+        cells[row] = {"gone": {"reason": f"not built: {row}"}}
+        for suite, value in values.items():
+            folder = evaluation(tmp_path, row, {"a": value}, suite=suite)
+            folder = folder.rename(folder.parent / f"{row}-{suite}")
+            cells[row][suite] = {"run": str(folder.relative_to(tmp_path))}
+    index(tmp_path, cells)
+    assert kfuse(monkeypatch, "compare", "base", "new") == 0
+    said = capsys.readouterr().out
+    assert said.index("## lost") < said.index("## Not compared") < said.index("- gone: base: not b")
+    assert "- unjudged: new cannot be compared with base: no item was scored" in said
+    assert kfuse(monkeypatch, "gate", "base", "new") == 3
+    said = capsys.readouterr().out
+    assert said.count("loses at most 2.0 points") == 4  # two claims, in two tables
+    assert "- unjudged: new cannot be compared" in said
+    path = tmp_path / cells["new"]["lost"]["run"] / "scores.parquet"
+    pd.read_parquet(path).assign(value=np.nan).to_parquet(path)
+    assert kfuse(monkeypatch, "gate", "base", "new") == 2  # new may have failed: not a yes
+    assert "lost: new cannot be compared with base" in capsys.readouterr().err
+    assert kfuse(monkeypatch, "compare", "base", "new") == 0
+    path = tmp_path / cells["new"]["suite"]["run"] / "scores.parquet"
+    pd.read_parquet(path).assign(value=np.nan).to_parquet(path)
+    assert kfuse(monkeypatch, "compare", "base", "new") == 1
 
 
 def test_hostile_names_stay_text_in_junit(

@@ -63,7 +63,7 @@ RIGHT = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 1] * 10)
 def two(home: Path, base: dict[str, Any], candidate: dict[str, Any], **changes: Any) -> Comparison:
     one = evaluation(home, "base", base)
     other = evaluation(home, "candidate", candidate, **changes)
-    return compare_all(open_pairs(str(one), str(other), home))[0]
+    return compare_all(open_pairs(str(one), str(other), home)[0])[0]
 
 
 def test_one_task_is_mcnemar_with_tangos_interval(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_wrong_records_are_refused(tmp_path: Path, change: Any, named: str) -> N
     other = evaluation(tmp_path, "candidate", {"a": RIGHT})
     change_scores(other, change)
     with pytest.raises(NotComparable, match=named):
-        compare_all(open_pairs(str(one), str(other), tmp_path))
+        compare_all(open_pairs(str(one), str(other), tmp_path)[0])
 
 
 def test_a_flipped_byte_an_unfinished_run_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
@@ -197,11 +197,11 @@ def test_a_flipped_byte_an_unfinished_run_and_a_foreign_file_are_refused(tmp_pat
     whole = (other / "scores.parquet").read_bytes()
     (other / "scores.parquet").write_bytes(whole[:-5] + b"?" + whole[-4:])
     with pytest.raises(NotComparable, match=r"scores.parquet: not a readable Parquet"):
-        compare_all(open_pairs(str(one), str(other), tmp_path))
+        compare_all(open_pairs(str(one), str(other), tmp_path)[0])
     (other / "scores.parquet").write_bytes(whole)
     pd.DataFrame({"x": [1]}).to_parquet(other / "samples-00001.parquet")
     with pytest.raises(NotComparable, match="no column task, doc_id"):
-        compare_all(open_pairs(str(one), str(other), tmp_path))
+        compare_all(open_pairs(str(one), str(other), tmp_path)[0])
     (other / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="unfinished"):
         open_pairs(str(one), str(other), tmp_path)
@@ -220,7 +220,7 @@ def test_rows_of_a_report_are_found_by_name(tmp_path: Path) -> None:
     cells = {row: {"suite": {"run": str(f.relative_to(tmp_path))}} for row, f in folders.items()}
     cells["gap"] = {"suite": {"reason": "not built: no corpus"}}
     first = index(tmp_path, cells)
-    assert len(open_pairs("x", "y", tmp_path)) == 1
+    assert len(open_pairs("x", "y", tmp_path)[0]) == 1
     with pytest.raises(NotComparable, match="not built: no corpus"):
         open_pairs("x", "gap", tmp_path)
     with pytest.raises(FileNotFoundError, match="rows of demo-1: x, y, gap"):
@@ -228,8 +228,8 @@ def test_rows_of_a_report_are_found_by_name(tmp_path: Path) -> None:
     index(tmp_path, cells, "other-2")
     with pytest.raises(FileNotFoundError, match="choose one with --report: demo-1, other-2"):
         open_pairs("x", "y", tmp_path)
-    assert len(open_pairs("x", "y", tmp_path, "other")) == 1
-    assert len(open_pairs("x", "y", tmp_path, str(first))) == 1
+    assert len(open_pairs("x", "y", tmp_path, "other")[0]) == 1
+    assert len(open_pairs("x", "y", tmp_path, str(first))[0]) == 1
 
 
 def test_hostile_texts_stay_in_their_cells(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_hostile_texts_stay_in_their_cells(tmp_path: Path) -> None:
     frame = pd.read_parquet(path)
     frame["generation"] = [[HOSTILE]] * len(frame)
     frame.to_parquet(path)
-    text = markdown(compare_all(open_pairs(str(one), str(other), tmp_path)))
+    text = markdown(compare_all(open_pairs(str(one), str(other), tmp_path)[0]))
     assert "<script" not in text
     assert "\x1b" not in text
     rows = [line for line in text.splitlines() if line.startswith("| a ")]

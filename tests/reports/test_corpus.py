@@ -237,7 +237,7 @@ def test_no_reference_line_or_variants_gain_is_a_mean_of_sentences(index: Path) 
 def test_rows_are_compared_gated_and_ranked_task_by_task(index: Path) -> None:
     home = index.parent.parent.parent
     runs = [str(home / "evaluations" / row) for row in ("base", "new")]
-    pairs = open_pairs(runs[0], runs[1], home)
+    pairs, _ = open_pairs(runs[0], runs[1], home)
     trivia, translation = [compare(*pair, items=False) for pair in pairs]
     assert (trivia.suite, translation.suite) == ("gen/Trivia", "gen/MT")
     assert translation.total.p_value < 0.001
@@ -267,6 +267,6 @@ def test_unlike_runs_of_such_a_suite_say_what_differs(index: Path) -> None:
     changed = json.loads(path.read_text())
     changed["tasks"][1]["protocol"] = "other"
     path.write_text(json.dumps(changed))
-    pairs = open_pairs(str(home / "evaluations" / "base"), str(path.parent), home)
+    pairs, _ = open_pairs(str(home / "evaluations" / "base"), str(path.parent), home)
     with pytest.raises(NotComparable, match=r"m.protocol is other"):
         compare(*pairs[0])

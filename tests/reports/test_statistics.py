@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -55,6 +55,35 @@ def test_exact_mcnemar_is_statsmodels(b: int, c: int) -> None:
         assert found.p_exact == pytest.approx(reference_mcnemar(table, exact=True).pvalue)
         assert found.p_exact == pytest.approx(binomtest(b, b + c).pvalue, abs=1e-9)
     assert 0 < found.p_mid <= found.p_exact <= 1
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.2, 3.0])
+def test_what_items_can_show_does_not_grow_with_the_gain_that_was_found(gain: float) -> None:
+    difference = gain + generator().normal(0, 0.1, 80)
+    found = paired_bootstrap(difference, np.zeros(80), generator())
+    assert np.sqrt(found.null_variance) == pytest.approx(ttest_1samp(difference, 0)._standard_error)
+    tasks = np.repeat([0, 1], [30, 50])
+    each = [ttest_1samp(difference[tasks == t], 0)._standard_error for t in (0, 1)]
+    two = paired_bootstrap(difference, np.zeros(80), generator(), tasks=tasks)
+    assert np.sqrt(two.null_variance) == pytest.approx(np.hypot(*each) / 2)
+
+
+def test_a_gain_of_that_size_shows_in_four_runs_of_five() -> None:
+    draws = np.random.default_rng(11)
+    shown = []
+    for _ in range(300):
+        noise = draws.normal(0, 1, 40)
+        least = minimum_detectable_effect(1.0, 40)
+        found = paired_bootstrap(noise + least, np.zeros(40), draws, method="percentile")
+        shown.append(found.p_value < 0.05)
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.07)  # three standard errors of 300 runs
+
+
+def test_right_or_wrong_items_that_differ_one_way_only_still_have_mcnemars_variance() -> None:
+    found = paired_bootstrap(np.ones(50), np.repeat([0.0, 1.0], [10, 40]), generator())
+    assert found.null_variance == pytest.approx(0.2 / 50)
+    alone = paired_bootstrap([0.7, 0.9], [0.5, 0.4], generator(), tasks=[0, 1])
+    assert alone.null_variance == pytest.approx((0.2**2 + 0.5**2) / 4)  # a task of one item
 
 
 def test_six_discordant_items_of_six_are_the_least_that_count() -> None:
