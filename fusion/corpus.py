@@ -1,4 +1,4 @@
-"""One corpus, packed once: the same blocks, order and seed for every trained row.
+"""One corpus, packed once: the same blocks for every trained row, in an order of each seed's own.
 
 A block holds pieces, each a run of one document's text that fits, or a conversation as a chat
 template writes it (`conversations.py`); pieces never share context, so a source that reads a piece
@@ -323,6 +323,11 @@ def read_piece(
     ids = np.array([*bos, *tokens.ids.tolist(), *eos], dtype=np.int64)
     ends = np.array([*([0] * len(bos)), *tokens.ends.tolist(), *([total] * len(eos))], np.int64)
     return ids, ends
+
+
+def drawn_order(blocks: int, seed: int) -> list[int]:
+    """Places of the blocks in an order of their own for a seed, the same in every pass."""
+    return np.random.default_rng(seed).permutation(blocks).tolist()
 
 
 def write_blocks(path: Path, blocks: Sequence[Sequence[Piece]]) -> None:

@@ -53,7 +53,7 @@ class Source(Section):
 
 
 class Corpus(Section):
-    """One corpus: the same blocks, order and seed for every trained row."""
+    """One corpus: the same blocks for every trained row, in the same order for the same seed."""
 
     path: str = Field(
         description="folder or file of .jsonl/.txt, hub:OWNER/NAME (a data set with a `text`; "
@@ -205,7 +205,9 @@ class Train(Section):
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     dtype: Dtype = Field("float32", description="of the arithmetic; weights stay float32")
-    seed: int | None = Field(None, description="the recipe's seed if not given")
+    seed: int | None = Field(
+        None, description="the recipe's if not given; another one draws another order of the blocks"
+    )
 
 
 class Merge(Section):

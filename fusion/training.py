@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from fusion import restart
-from fusion.corpus import Piece, read_blocks
+from fusion.corpus import Piece, drawn_order, read_blocks
 from fusion.ending import end_with_torchrun
 from fusion.errors import RunError
 from fusion.flops import steps_of
@@ -53,6 +53,7 @@ class Blocks(Dataset):
     beginning, as in the published code (`packing: concatenate@reference`).
     step: blocks of an optimizer step. Where fewer are left for the last one, each weighs more and
     rows that weigh nothing make up the number, so that a step is the same however it is shared out.
+    order: the blocks' places in the corpus as they are trained on; as packed if not given.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Blocks(Dataset):
         targets: FusedTargets | None = None,
         together: bool = False,
         step: int = 1,
+        order: Sequence[int] | None = None,
     ) -> None:
         self.blocks = blocks
+        self.order = range(len(blocks)) if order is None else order
         self.targets = targets
         self.together = together
         self.step = step
@@ -73,7 +76,8 @@ class Blocks(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if index >= len(self.blocks):
             return _nothing() | (self.targets.nothing() if self.targets else {})
-        block = self.blocks[index]
+        place = self.order[index]
+        block = self.blocks[place]
         ids = np.concatenate([piece.ids for piece in block])
         runs = [len(ids)] if self.together else [len(piece.ids) for piece in block]
         last = np.zeros(len(ids), dtype=bool)
@@ -88,7 +92,7 @@ class Blocks(Dataset):
             "label_weights": (~last) / max(1, (~last).sum()),
         }
         if self.targets:
-            row |= self.targets.row(index, block, labelled=~last)
+            row |= self.targets.row(place, block, labelled=~last)
         held = min(self.step, len(self.blocks) - index // self.step * self.step)
         weigh = {key: row[key] * (self.step / held) for key in row if key.endswith("_weights")}
         return row | weigh
@@ -166,7 +170,7 @@ def attach_loss(model: PreTrainedModel, fuse: Fuse | None) -> None:
 
 
 class FusionTrainer(Trainer):
-    """The Trainer, reading blocks in their packed order and keeping the loss's parts.
+    """The Trainer, reading blocks in the order of `Blocks` and keeping the loss's parts.
 
     λ of step n of N is start + (end − start) n / N, with n from 0. Its checkpoints are those of
     `fusion.restart`, so that other processes may go on from them. own: called before one is
@@ -340,6 +344,7 @@ def train(
             targets,
             job["packing"] == "concatenate@reference",
             job["train"]["batch_blocks"],
+            drawn_order(len(blocks), job["seed"]) if job.get("drawn") else None,
         ),
         data_collator=collate,
         callbacks=[log],

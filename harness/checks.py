@@ -44,7 +44,7 @@ def names(raw: Mapping) -> Problems:
     for section, names in (("sources", sources), ("variants", variants)):
         for name in names:
             if not isinstance(name, str):
-                what = f"YAML reads this name as {name!r}; put it in quotes"
+                what = f"YAML reads this name as {name} ({type(name).__name__}); put it in quotes"
                 yield f"{section}.{name}", what
             elif not NAME.fullmatch(name):
                 yield f"{section}.{name}", "a row's name is letters, digits and _ . - @"
@@ -218,11 +218,11 @@ def statistics(raw: Mapping) -> Problems:
         if "labels" in COLLECTED[method][1] and labels not in ("data", "model"):
             yield f"{at}.labels", f"'{labels}' is unknown; known: data, model"
         blocks, tokens, size = given.get("blocks", 1), corpus.get("tokens"), corpus.get("blocks")
-        if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+        if not isinstance(blocks, int):
+            continue  # told as a wrong kind
+        if blocks < 1:
             yield f"{at}.blocks", f"{blocks!r} is not right; should be a number of blocks"
-        elif (
-            isinstance(tokens, int) and isinstance(size, int) and blocks * size > tokens > size > 0
-        ):
+        if isinstance(tokens, int) and isinstance(size, int) and blocks * size > tokens > size > 0:
             there = tokens // size
             yield f"{at}.blocks", f"{blocks} is not right; the corpus has {there} blocks"
 
@@ -264,7 +264,7 @@ def suites(raw: Mapping) -> Problems:
     evaluate = _mapping(raw, "evaluate")
     suites = _list(evaluate, "suites")
     for index, suite in enumerate(suites):
-        if suite in suites[:index]:
+        if isinstance(suite, str) and suite in suites[:index]:
             yield f"evaluate.suites[{index}]", f"'{suite}' is named twice"
         if not isinstance(suite, str) or suite.startswith("lm_eval:"):
             continue
@@ -326,7 +326,13 @@ def not_right(error: Any, description: str | None = None) -> str:
     kind, found = error["type"], error["input"]
     if kind == "too_short":
         return f"is empty; should have at least {error['ctx']['min_length']} item"
-    shown = "a mapping" if isinstance(found, dict) else repr(found)
+    if kind == "too_long":
+        return f"has {len(found)} items; should have {error['ctx']['max_length']}"
+    if kind == "invalid_key" or error["loc"][-1] == "[key]":
+        return f"YAML reads this key as {found} ({type(found).__name__}); put it in quotes"
+    plain = isinstance(found, (str, int, float, bool, type(None)))
+    shown = repr(found) if plain else str(found)
+    shown = "a mapping" if isinstance(found, dict) else shown
     shown = "a list" if isinstance(found, list) else shown
     message = error["msg"].removeprefix("Input should be ")
     if kind in ("dict_type", "model_type", "model_attributes_type"):

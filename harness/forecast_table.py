@@ -97,13 +97,12 @@ def sums(found: Forecast) -> str:
     if found.stated:
         good = f"at {SUSTAINED:.0%} of its data sheet"
         time = f"about {seconds / 3600:,.0f} GPU-hours on {found.where}, {good}"
-    if unknown == len(compute) and unknown:
-        time = "not known"
+    known = "not known" if 0 < unknown == len(compute) else f"{time}; {flops:.1e} FLOPs"
     line = (
-        f"in all: {time}; {flops:.1e} FLOPs; {gib(disk)} of {gib(found.disk_free)} GiB that are "
+        f"in all: {known}; {gib(disk)} of {gib(found.disk_free)} GiB that are "
         f"free; this machine's memory: {gib(found.memory_total)} GiB"
     )
-    if found.busy > BUSY:
+    if found.busy > BUSY and unknown < len(compute):
         line += f"\nother work had {found.busy:.0%} of this machine meanwhile; alone it takes less"
     if found.stated and found.trained:
         weights, width = found.trained

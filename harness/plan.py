@@ -199,6 +199,8 @@ def _train(out: Plan, name: str, train: Train) -> None:
         "seed": seed,
         "version": VERSIONS["train"],
     }
+    if seed != recipe.seed:
+        content["order"] = "drawn"  # by the seed; the recipe's has packed the blocks already
     # The corpus' identity says the domains; a budget is what it counts, not the row's name.
     del content["domains"], content["budget"]
     if train.lora is None:

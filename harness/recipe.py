@@ -331,10 +331,13 @@ def _is_section(model: Any) -> bool:
 
 
 def _shapes(errors: Sequence[Any]) -> list[tuple[str, str]]:
-    """What is wrong with the file's shape, one line a place; a key that is no text is `names`'."""
+    """What is wrong with the file's shape, one line a place; of a value that may be one thing or a
+    mapping, what is wrong inside. A row's name that is no text is `names`'.
+    """
     said: dict[str, str] = {}
     for error in errors:
-        if error["loc"][-1] == "[key]":
+        at = error["loc"]
+        if at[-1] == "[key]" and at[0] in ("sources", "variants") and len(at) == 3:
             continue
         path, message = _explain(error)
         _, should, other = message.partition("; should be ")
@@ -343,11 +346,11 @@ def _shapes(errors: Sequence[Any]) -> list[tuple[str, str]]:
             said[path] = f"{known} or {other}"
         else:
             said.setdefault(path, message)
-    return list(said.items())
+    return [one for one in said.items() if not any(at.startswith(f"{one[0]}.") for at in said)]
 
 
 def _explain(error: Any) -> tuple[str, str]:
-    location = [part for part in error["loc"] if part not in SHAPES]
+    location = [part for part in error["loc"] if part not in (*SHAPES, "[key]")]
     path = ".".join(str(part) for part in location)
     kind, found = error["type"], error["input"]
     model = _model_at(location[:-1])

@@ -263,7 +263,7 @@ def _trained(plan: Plan, row: str) -> str | None:
     if variant is None or variant.train is None or plan.twins(row)[0] != row:
         return None
     content = plan.steps[plan.identities[row]].content
-    return identity({key: value for key, value in content.items() if key != "seed"})[:12]
+    return identity({k: v for k, v in content.items() if k not in ("seed", "order")})[:12]
 
 
 def _relative(plan: Plan, path: Path | None) -> str | None:

@@ -40,12 +40,11 @@ def run(
     _check(loaded, executor, address)
     rows = _rows(loaded, only)
     refuse_objects(loaded)
-    planned = plan(loaded.recipe, home())
+    planned = plan(loaded.recipe, home() if dry_run else made_home())
     reopen(planned, rows, stages, dry_run)
     if dry_run:
         print(overview(planned, rows, stages))
         return 0
-    made_home()
     reasons: dict[str, str] = {}
     waiting = pending(planned, rows, stages)
     if waiting:

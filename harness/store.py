@@ -14,6 +14,7 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -50,7 +51,7 @@ def home() -> Path:
     address = url()
     if address is None:
         path = Path(os.environ.get("KFUSE_HOME") or "runs").absolute()
-        if path.is_file():
+        if os.path.isfile(path):  # noqa: PTH113 - false also for a path that is too long
             raise RunError(f"KFUSE_HOME: {path} is a file; name a folder")
         return path
     if own := os.environ.get("KFUSE_MIRROR"):
@@ -64,13 +65,14 @@ def made_home() -> Path:
     path = home()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = beside(path / "probe")
+        probe = path / f".probe.{uuid.uuid4().hex}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
+        named = "KFUSE_MIRROR" if url() else "KFUSE_HOME"
         said = error.strerror or error
         raise RunError(
-            f"KFUSE_HOME: nothing can be written into {path} ({said}); name another folder"
+            f"{named}: nothing can be written into {path} ({said}); name another folder"
         ) from error
     return path
 

@@ -92,6 +92,7 @@ def _job(plan: Plan, step: Step, train: Train, steps: int | None) -> dict[str, A
         "sources": sources,
         "packing": plan.recipe.corpus.packing,
         "seed": content["seed"],
+        "drawn": content.get("order") == "drawn",
         "machine": {
             "device": device(plan),
             "micro_batch": machine.micro_batch,

@@ -74,7 +74,7 @@ def compare(
         found = compare_all(pairs, margin=margin)
     if csv:
         write_text(csv, compare_formats.comma_separated(found))
-    return compare_formats.markdown(found, items, gaps + unscored)
+    return compare_formats.markdown(found, items, [str(gap) for gap in gaps + unscored])
 
 
 def gate(
@@ -87,33 +87,49 @@ def gate(
 ) -> tuple[str, int]:
     """The gate's summary and exit code: 0 pass, 1 fail, 3 inconclusive.
 
-    Without a file, suites that neither row has a score of are left out and named.
+    Without a file, suites that neither row has a score of are left out and named; where one of them
+    has, the other may have failed, and no gate passes.
     RecipeError, which is exit 2, for a wrong gate file and for runs that cannot be compared: a
     failed measurement must not look like a failed candidate.
     """
     from reports import gate_formats
-    from reports.compare import open_pairs, scored
+    from reports.compare import NotComparable, open_pairs, scored
     from reports.gate import EXIT, default, judge
 
     try:
         _bring_rows([base, candidate], report)
         with _readable():
             pairs, gaps = open_pairs(base, candidate, home(), report)
+            left: list[str] = []
             if file:
-                result, gaps = judge(load(file, pairs), pairs), []
+                result = judge(load(file, pairs), pairs)
             else:
-                pairs, unscored = scored(pairs, one_sided=False)
-                result, gaps = judge(default(pairs), pairs), gaps + unscored
-        text = gate_formats.markdown(result, gaps)
-        files = {markdown: text, junit: gate_formats.junit(result)}
-        for path in filter(None, files):
-            try:
-                write_text(path, files[path])
-            except RunError as error:  # the verdict is there all the same
-                raise RunError(f"{text}\n{error}") from error
+                pairs, unscored = scored(pairs)
+                lost = [gap for gap in gaps + unscored if gap.some]
+                if lost:
+                    what = "name the suites that the gate is about in a file (--gate)"
+                    raise NotComparable(f"{'; '.join(map(str, lost))}; {what}")
+                result, left = judge(default(pairs), pairs), [str(g) for g in gaps + unscored]
+        text = gate_formats.markdown(result, left)
+        failed = [
+            _failure(path, content)
+            for path, content in ((markdown, text), (junit, gate_formats.junit(result, left)))
+            if path
+        ]
+        if any(failed):  # the verdict is there all the same
+            raise RunError("\n".join([text, *filter(None, failed)]))
     except RunError as error:
         raise RecipeError(str(error)) from error
     return text, EXIT[result.outcome]
+
+
+def _failure(path: Path, content: str) -> str | None:
+    """Why a file could not be written; None if it was."""
+    try:
+        write_text(path, content)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def holds_runs(path: Path) -> bool:

@@ -31,11 +31,11 @@ class NotComparable(ValueError):
 
 
 class Unscored(NotComparable):
-    """Two runs without a task, or any item, that both have a score of."""
+    """A suite that two rows have no gain in, for want of scores."""
 
-    def __init__(self, said: str, one_sided: bool) -> None:
+    def __init__(self, said: str, some: bool) -> None:
         super().__init__(said)
-        self.one_sided = one_sided  # one of the rows does have scores there
+        self.some = some  # a row does have scores there
 
 
 def opened(read: Callable[[Any], T], what: Any) -> T:
@@ -92,9 +92,9 @@ class Comparison:
 
 def open_pairs(
     base: str, candidate: str, home: Path, report: str | None = None
-) -> tuple[list[tuple[Run, Run]], list[str]]:
-    """The runs that two names stand for, suite by suite in the report's order, and which suites of
-    the report one of them has no run of, and why.
+) -> tuple[list[tuple[Run, Run]], list[Unscored]]:
+    """The runs that two names stand for, suite by suite in the report's order, and why other suites
+    of the report have none.
 
     A name is a run's folder, or a row of a report in `home`. FileNotFoundError says
     what is missing, NotComparable what cannot be read, or that the rows share no measured suite.
@@ -106,44 +106,37 @@ def open_pairs(
     cells = opened(read_json, index)["cells"]
     root = index.resolve().parent.parent.parent
     pairs = []
-    reasons = []
+    gaps = []
     for suite in cells[base]:
         found = {row: cells[row][suite] for row in (base, candidate)}
         lacking = {row: cell["reason"] for row, cell in found.items() if "run" not in cell}
         if lacking:
-            reasons.append(f"{suite}: {'; '.join(f'{r}: {why}' for r, why in lacking.items())}")
+            why = "; ".join(f"{row}: {reason}" for row, reason in lacking.items())
+            gaps.append(Unscored(f"{suite}: {why}", some=len(set(lacking)) < len(set(found))))
         else:
             one, two = (
                 opened(Run.open, root / cells[row][suite]["run"]) for row in (base, candidate)
             )
             pairs.append((one, two))
     if not pairs:
-        raise NotComparable(f"{base} and {candidate} share no measured suite: {'; '.join(reasons)}")
-    return _apart(pairs), reasons
+        reasons = "; ".join(map(str, gaps))
+        raise NotComparable(f"{base} and {candidate} share no measured suite: {reasons}")
+    return _apart(pairs), gaps
 
 
-def scored(
-    pairs: Sequence[tuple[Run, Run]], *, one_sided: bool = True
-) -> tuple[list[tuple[Run, Run]], list[str]]:
-    """The pairs whose suite has a gain, and of the others what has no score on both sides.
-
-    one_sided: leave a suite out also where one row does have scores; else that is Unscored.
-    Unscored too if nothing is left.
-    """
-    kept, reasons, last = [], [], None
+def scored(pairs: Sequence[tuple[Run, Run]]) -> tuple[list[tuple[Run, Run]], list[Unscored]]:
+    """The pairs whose suite has a gain, and why the others have none. NotComparable if all have."""
+    kept, gaps = [], []
     for base, candidate in pairs:
         try:
             _joined(base, candidate)
         except Unscored as error:
-            if error.one_sided and not one_sided:
-                raise
-            last = error
-            reasons.append(str(error))
+            gaps.append(error)
         else:
             kept.append((base, candidate))
-    if last and not kept:
-        raise last
-    return kept, reasons
+    if gaps and not kept:
+        raise NotComparable("; ".join(map(str, gaps)))
+    return kept, gaps
 
 
 def _apart(pairs: list[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
@@ -300,13 +293,12 @@ def _joined(base: Run, candidate: Run) -> tuple[pd.DataFrame, dict[str, int]]:
     asked = list(recorded) if candidate.manifest["partial"] else listed
     missing = [task for task in asked if not scored[both.task == task].any()]
     if missing or not scored.any():
-        lost = both[both.task.isin(missing)]
-        one_sided = bool(lost.value.notna().any() or lost.value_base.notna().any())
+        some = bool(both.value.notna().any() or both.value_base.notna().any())
         which = f" of {', '.join(missing)}" if scored.any() else ""
         raise Unscored(
             f"{_label(base, candidate)}: no item{which} was scored on both sides, "
             "so the suite has no gain",
-            one_sided,
+            some,
         )
     both = both[scored].reset_index(drop=True)
     unlike = both.weight != both.weight_base
@@ -333,13 +325,12 @@ def _difference(
 
     from reports.corpus import CORPUS_METRICS, corpus_score, stacked
     from reports.statistics import macro, mcnemar, minimum_detectable_effect
-    from reports.table import _generator, paired_gain
+    from reports.table import _generator, null_error, paired_gain
 
     manifest = candidate.manifest
     generator = _generator(manifest["row"], manifest["suite"], name, "gain")
     paired = paired_gain(manifest, both, generator, level)
     metric = next(t["metric"] for t in manifest["tasks"] if t["task"] == both.task.iloc[0])
-    ends = (both.value.min(), both.value.max(), both.value_base.min(), both.value_base.max())
     whole = both.value.isin([0.0, 1.0]).all() and both.value_base.isin([0.0, 1.0]).all()
     alone = not both.duplicated(["task", "cluster"]).any() and both.weight.nunique() == 1
     binary = bool(whole and alone and metric not in CORPUS_METRICS)
@@ -347,7 +338,6 @@ def _difference(
     p_value, test = paired.p_value, "permutation"
     if binary and not parts:
         p_value, test = mcnemar(paired.better, paired.worse).p_value, "mcnemar"
-    sizes = both.groupby("task").size()
     if parts:
         base, score = macro([p.base for p in parts]), macro([p.candidate for p in parts])
         error = float(np.sqrt(sum(p.error**2 for p in parts))) / len(parts)
@@ -358,8 +348,7 @@ def _difference(
         else:
             base = float(np.average(both.value_base, weights=both.weight))
             score = float(np.average(both.value, weights=both.weight))
-        span = float(max(ends) - min(ends)) or 1.0
-        error = float(np.sqrt(paired.null_variance)) or span / float(sizes.iloc[0])
+        error = null_error(paired, both)
     shown = minimum_detectable_effect(error**2, 1) if paired.better + paired.worse else None
     return Difference(
         name, base, score, paired.gain, low, high, kind, p_value, test,  # type: ignore[arg-type]

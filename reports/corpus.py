@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from reports.statistics import DRAWS, EXACT_FLIPS, Paired, Values
+from reports.statistics import DRAWS, EXACT_FLIPS, Paired, Values, careful
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,9 +131,10 @@ def paired_corpus(
 
     signs (n,): of each item's difference, for the counts of better and worse. The interval has the
     percentiles of the difference on the same drawn items (Koehn 2004), and `null_variance` is their
-    variance: that of the swapped rows has the gain itself in it. The p-value is that of
-    approximate randomisation, which swaps the two rows' items (Riezler & Maxwell 2005): all ways of
-    swapping where few items differ, else DRAWS of them. ValueError for unlike shapes or no item.
+    variance, read with care (`statistics.careful`): that of swapped rows has the gain in it. The
+    p-value is that of approximate randomisation, which swaps the two rows' items (Riezler & Maxwell
+    2005): all ways of swapping where few items differ, else DRAWS of them. ValueError for unlike
+    shapes or no item.
     """
     if counts_nK.shape != reference_nK.shape:
         raise ValueError(f"{metric}: counts {counts_nK.shape} beside {reference_nK.shape}")
@@ -154,7 +155,11 @@ def paired_corpus(
         low=low,
         high=high,
         p_value=p_value,
-        null_variance=float(np.var(spread)),
+        null_variance=float(
+            np.var(spread) * careful(len(counts_nK)) ** 2
+            if len(counts_nK) > 1
+            else np.mean(swapped**2)
+        ),
         n=len(counts_nK),
         better=int((sign > 0).sum()),
         worse=int((sign < 0).sum()),

@@ -29,10 +29,28 @@ MEASURES = (
     "flops_per_token",
 )
 COLUMNS = ("row", "stage", "of", "shared_by", *MEASURES)
+TOTALS = {
+    "made": "s",
+    "made_flops": "",
+    "measured": "s",
+    "measured_flops": "",
+    "peak_memory_bytes": "B",
+    "flops_per_token": "",
+}
+TOTAL_HEAD = (
+    "row",
+    "made in",
+    "by FLOPs",
+    "measured in",
+    "by FLOPs",
+    "peak memory",
+    "FLOPs a token",
+)
 NOTE = (
     "FLOPs are counted: 2 a weight and token forward, 6 in training, and attention; of an ensemble "
-    "the sum of its members'. A stage that rows share is listed whole under each. Time and memory "
-    "are this machine's; what interrupted runs took before is only known of measurements"
+    "the sum of its members'. A row's sums have what it was made from in them; a stage that rows "
+    "share counts whole in each, and is listed under the first. Time and memory are this "
+    "machine's; what interrupted runs took before is only known of measurements"
 )
 
 
@@ -66,15 +84,43 @@ def _known(cost: dict[str, Any]) -> dict[str, Any]:
     return {name: cost.get(name) for name in MEASURES}
 
 
+def by_row(costs: pd.DataFrame) -> pd.DataFrame:
+    """What each row took in all, indexed by row: TOTALS; NaN where nothing of it is known.
+
+    made and measured in seconds; made_flops and measured_flops; the highest peak in bytes; of one
+    more token at inference. A stage that rows share counts whole in each.
+    """
+    import pandas as pd
+
+    measured = costs.stage == "evaluate"
+    out = pd.DataFrame(index=costs.row.drop_duplicates(), columns=list(TOTALS), dtype="float64")
+    for name, part in (("made", costs[~measured]), ("measured", costs[measured])):
+        sums = part.groupby("row")[["seconds", "flops"]].sum(min_count=1)
+        out[name], out[f"{name}_flops"] = sums.seconds, sums.flops
+    most = costs.groupby("row")[["peak_memory_bytes", "flops_per_token"]].max()
+    out[["peak_memory_bytes", "flops_per_token"]] = most
+    return out
+
+
+def once(costs: pd.DataFrame) -> pd.DataFrame:
+    """The lines with each shared stage under the first row that has it only."""
+    said = [column for column in costs.columns if column != "row"]
+    return costs[~((costs.shared_by > 1) & costs.duplicated(said))]
+
+
 def markdown(report: Report) -> list[str]:
-    """Lines of Markdown: the table, and what its figures are; none if nothing is known."""
+    """Lines of Markdown: rows, their stages, and what the figures are; none if nothing is known."""
     costs = frame(report)
     if costs.empty:
         return []
+    lines = ["", "## Cost", "", f"| {' | '.join(TOTAL_HEAD)} |", "|" + " --- |" * len(TOTAL_HEAD)]
+    for row, sums in by_row(costs).iterrows():
+        shown = [scaled(sums[name], unit) for name, unit in TOTALS.items()]
+        lines.append(f"| {' | '.join(escape(text) for text in (str(row), *shown))} |")
     heading = ["row", "stage", "wall", "CPU", "GPU", "FLOPs", "tokens", "written", "peak memory"]
     heading += ["FLOPs a token"]
-    lines = ["", "## Cost", "", f"| {' | '.join(heading)} |", "|" + " --- |" * len(heading)]
-    for cost in costs.to_dict("records"):
+    lines += ["", f"| {' | '.join(heading)} |", "|" + " --- |" * len(heading)]
+    for cost in once(costs).to_dict("records"):
         stage = f"{cost['stage']} {cost['of']}" if cost["of"] != cost["row"] else cost["stage"]
         stage += f" (shared by {cost['shared_by']})" if cost["shared_by"] > 1 else ""
         shown = [f"{cost[name]:.1f} s" if _is(cost[name]) else "–" for name in MEASURES[:3]]

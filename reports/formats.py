@@ -61,22 +61,26 @@ def partial_text(report: Report, column: Column) -> str:
 
 def headline(report: Report) -> str:
     """The comparison in one sentence: what is better, what worse, what is open."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "equivalent": []}
-    open_ones = 0
-    for row in report.rows:
+    parts = []
+    gains = {
+        (row["name"], column.name): gain
+        for row in report.rows
+        for column in report.columns
+        if (gain := report.cell(row["name"], column.name).gain)
+    }
+    for verdict in ("better", "worse", "equivalent"):
         for column in report.columns:
-            gain = report.cell(row["name"], column.name).gain
-            if gain is None:
-                continue
-            if gain.verdict == "inconclusive":
-                open_ones += 1
-            elif gain.verdict == "equivalent":
-                found["equivalent"].append(f"{row['name']} on {column.name}")
-            else:
+            cases = []
+            for row in report.rows:
+                gain = gains.get((row["name"], column.name))
+                if gain and gain.verdict == verdict:
+                    by = signed(abs(gain.value), column).lstrip("+")
+                    cases.append(row["name"] + (f" by {by}" if verdict != "equivalent" else ""))
+            if cases:
                 unit = " points" if column.unit else " bits per byte"
-                by = signed(abs(gain.value), column).lstrip("+") + unit
-                found[gain.verdict].append(f"{row['name']} on {column.name} by {by}")
-    parts = [f"{verdict}: {', '.join(cases)}" for verdict, cases in found.items() if cases]
+                unit = unit if verdict != "equivalent" else ""
+                parts.append(f"{verdict} on {column.name}: {', '.join(cases)}{unit}")
+    open_ones = sum(gain.verdict == "inconclusive" for gain in gains.values())
     if open_ones:
         parts.append(f"{open_ones} comparison{'s' * (open_ones > 1)} inconclusive")
     if not parts:
@@ -179,8 +183,6 @@ def health(report: Report) -> list[str]:
     lines.append(f"| row | suite | items | {' | '.join(shown_kinds.values())} |")
     lines.append("|" + " --- |" * (3 + len(shown_kinds)))
     for cell, counts in found:
-        if cell.reason and not counts.get("infra"):
-            counts.pop("infra", None)  # nobody judged: that is not zero of them
         shown = " | ".join(str(counts.get(kind, "–")) for kind in shown_kinds)
         lines.append(f"| {_escape(cell.row)} | {_escape(cell.suite)} | {cell.n} | {shown} |")
     return lines

@@ -72,16 +72,16 @@ def markdown(result: Result, gaps: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def junit(result: Result) -> str:
-    """JUnit XML, one test a claim; an inconclusive one is skipped, with its reason."""
+def junit(result: Result, gaps: Sequence[str] = ()) -> str:
+    """JUnit XML, one test a claim; an inconclusive one is skipped, as is what is not judged."""
     outcomes = [check.outcome for check in result.checks]
     suite = ET.Element(
         "testsuite",
         name=_text(f"kfuse gate: {result.candidate} against {result.base}"),
-        tests=str(len(outcomes)),
+        tests=str(len(outcomes) + len(gaps)),
         failures=str(outcomes.count("fail")),
         errors="0",
-        skipped=str(outcomes.count("inconclusive")),
+        skipped=str(outcomes.count("inconclusive") + len(gaps)),
     )
     for check in result.checks:
         name = _text(f"{check.name} {asked(check)}")
@@ -93,6 +93,10 @@ def junit(result: Result) -> str:
             ET.SubElement(case, "skipped", message=f"inconclusive: {message}")
         else:
             ET.SubElement(case, "system-out").text = message
+    for gap in gaps:
+        name = _text(gap.partition(":")[0])
+        case = ET.SubElement(suite, "testcase", classname="kfuse.not_judged", name=name)
+        ET.SubElement(case, "skipped", message=_text(gap))
     ET.indent(suite)
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suite, encoding="unicode") + "\n"

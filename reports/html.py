@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,15 @@ PANELS: Mapping[str, Draw] = {
 def panels(report: Report) -> dict[str, Panel]:
     """The panels that have something to show, in the order of the page."""
     drawn = {name: draw(report) for name, draw in PANELS.items()}
-    return {name: panel for name, panel in drawn.items() if panel}
+    return {name: _folded(panel) for name, panel in drawn.items() if panel}
+
+
+LONG = 60  # lines of tables that a reader would have to scroll past
+
+
+def _folded(panel: Panel) -> Panel:
+    long = sum(len(table.rows) for table in panel.tables) > LONG
+    return replace(panel, folded=True) if long else panel
 
 
 def page(report: Report) -> str:

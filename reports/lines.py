@@ -245,7 +245,8 @@ class _Table:
             (score(row) − score(best)) / (score(oracle) − score(best)),    scores signed
 
         1 is the oracle's score, 0 the best source's, below 0 is worse than that. The interval:
-        percentiles of 10,000 draws of items (clusters) within tasks, the best source as it is.
+        percentiles of 10,000 draws of items (clusters) within tasks, the best source as it is. No
+        value where more than 2.5 % of the draws have no such way.
         """
         values = self._row(row)
         if isinstance(values, Line):
@@ -256,13 +257,20 @@ class _Table:
             what = f"no gap: {self.best} is as good as any source on every item"
             return Line(self.suite, row, GAP, reason=what)
         ends = self._gap_interval(row, own - best, oracle - best)
+        if ends is None:
+            what = (
+                f"no gap to speak of: too few items on which any source is better than {self.best}"
+            )
+            return Line(self.suite, row, GAP, reason=what)
         value = self._score(own - best) / room
         return Line(self.suite, row, GAP, value, *ends, len(self.items), f"over {self.best}")
 
     def _gap_interval(
         self, row: str, gain: pd.Series, room: pd.Series
-    ) -> tuple[float | None, float | None]:
-        """None where a task has one cluster, or the draws reach a room of nothing."""
+    ) -> tuple[float | None, float | None] | None:
+        """No limits where a task has one cluster or draws reach a room of nothing; None if more do
+        than a 95 % interval leaves out at an end.
+        """
         import numpy as np
 
         from reports.bootstrap import drawn
@@ -279,8 +287,9 @@ class _Table:
                 return None, None
             sums = drawn(clusters.to_numpy(), rng, DRAWS)
             means += sums[:, :2] / sums[:, 2:]
-        if (means[:, 1] <= 0).any():
-            return None, None
+        nothing = float((means[:, 1] <= 0).mean())
+        if nothing > 0:
+            return None if nothing > 0.025 else (None, None)
         low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
         return float(low), float(high)
 

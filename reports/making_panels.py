@@ -106,7 +106,7 @@ def spent(report: Report) -> Panel | None:
     if frame.empty:
         return None
     lines = []
-    for entry in frame.to_dict("records"):
+    for entry in costs.once(frame).to_dict("records"):
         stage = entry["stage"] if entry["of"] == entry["row"] else f"{entry['stage']} {entry['of']}"
         note = f"shared by {entry['shared_by']} rows" if entry["shared_by"] > 1 else ""
         sign = ""
@@ -121,7 +121,23 @@ def spent(report: Report) -> Panel | None:
             line.append(Value(costs.scaled(value, unit), value, sign) if known else MISSING)
         lines.append(tuple(line))
     head = ["row", "stage", "wall", "CPU", "GPU", "FLOPs", "tokens", "written", "peak memory"]
-    return Panel("Costs", (f"{costs.NOTE}.",), tables=(Table("Stages", head, tuple(lines)),))
+    return Panel("Stages", tables=(Table("Stage by stage", head, tuple(lines)),), folded=True)
+
+
+def totals(report: Report) -> Panel | None:
+    """What each row took to make and to measure, in all."""
+    frame = costs.frame(report)
+    if frame.empty:
+        return None
+    lines = []
+    for row, cost in costs.by_row(frame).iterrows():
+        line = [words(row)]
+        for name, unit in costs.TOTALS.items():
+            value = float(cost[name])
+            line.append(Value(costs.scaled(value, unit), value) if value == value else MISSING)
+        lines.append(tuple(line))
+    table = Table("Each row, with all that it was made from", costs.TOTAL_HEAD, tuple(lines))
+    return Panel("Costs", (f"{costs.NOTE}.",), tables=(table,))
 
 
 _SPENT = {
@@ -134,5 +150,6 @@ PANELS: dict[str, Draw] = {
     "training": training,
     "wins": wins,
     "quality": quality,
-    "costs": spent,
+    "costs": totals,
+    "stages": spent,
 }

@@ -61,7 +61,7 @@ class Figure:
 class Panel:
     """A part of the page.
 
-    folded: whether tables are behind a summary, as they are where figures tell the same.
+    folded: whether tables are behind a summary, where figures tell the same or they are long.
     code: (summary, text) of what is shown as it is. data: what the page's script reads.
     """
 

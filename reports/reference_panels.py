@@ -12,7 +12,8 @@ from reports.text import interval, number
 def references(report: Report) -> Panel | None:
     """Best source and oracles of each suite; gap recovered, forgotten and emergent of each row."""
     columns = {column.name: column for column in report.columns}
-    of_sources, of_rows = [], []
+    of_sources = []
+    of_rows: dict[tuple[str, str], dict[str, Value]] = {}
     for line in report.lines:
         if line.name in (BEST, TASK_ORACLE, ITEM_ORACLE):
             # An oracle is of all sources; the best one is a row and has its signature.
@@ -24,17 +25,23 @@ def references(report: Report) -> Panel | None:
             of_sources.append(_of_source(line, columns[line.suite], sign))
         elif line.name in (GAP, FORGOTTEN, EMERGENT):
             sign = report.cell(line.row, line.suite).signature
-            value, span, n = share(line)
-            shown = Value(value.text, value.order, sign, value.tone, value.note)
-            start = (words(line.row), words(line.suite), words(line.name))
-            of_rows.append((*start, shown, span, n, words(line.detail)))
+            value, span, _ = share(line)
+            told = [span.text, line.detail] if line.value is not None else [line.reason]
+            note = " ".join(text for text in told if text != MISSING.text)
+            shown = Value(value.text, value.order, sign, value.tone, note)
+            of_rows.setdefault((line.suite, line.row), {})[line.name] = shown
     tables = []
     if of_sources:
         head = ["suite", "line", "score", "95 % interval", "items", "which"]
         tables.append(Table("Of the sources", head, tuple(of_sources)))
     if of_rows:
-        head = ["row", "suite", "line", "%", "95 % interval", "of", "which"]
-        tables.append(Table("Rows beside their sources", head, tuple(of_rows)))
+        named = (GAP, FORGOTTEN, EMERGENT)
+        lines = [
+            (words(row), words(suite), *(found.get(name, MISSING) for name in named))
+            for (suite, row), found in of_rows.items()
+        ]
+        head = ["row", "suite", *(f"{name}, %" for name in named)]
+        tables.append(Table("Rows beside their sources", head, tuple(lines)))
     text = (f"{NOTE[0].upper()}{NOTE[1:]}.",)
     return Panel("Reference lines", text, tables=tuple(tables)) if tables else None
 

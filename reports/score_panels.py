@@ -166,21 +166,26 @@ def tasks(report: Report) -> Panel | None:
 
 
 def perplexities(report: Report) -> Panel | None:
-    """Token perplexity of each row on each whole text."""
-    lines = tuple(
-        (
-            *(words(text) for text in (cell.row, cell.suite, task.title)),
-            Value(f"{task.token_perplexity:.2f}", task.token_perplexity, task.signature),
-        )
-        for cell in report.cells.values()
-        for task in cell.tasks
-        if task.token_perplexity is not None
-    )
-    if not lines:
-        return None
+    """Token perplexity of each row on each whole text, a table a suite."""
+    tables = []
+    for column in report.columns:
+        found = by_task(report, column)
+        lines = []
+        for row in report.rows:
+            scores = [cells.get(row["name"]) for _, cells in found]
+            values = [
+                Value(f"{one.token_perplexity:.2f}", one.token_perplexity, one.signature)
+                if one and one.token_perplexity is not None
+                else MISSING
+                for one in scores
+            ]
+            if any(value is not MISSING for value in values):
+                lines.append((words(row["name"]), *values))
+        if lines:
+            head = ["row", *(title for title, _ in found)]
+            tables.append(Table(f"{column.title}: perplexity a token", head, tuple(lines)))
     text = ("Per token of each row's own tokenizer: not comparable across tokenizers.",)
-    table = Table("Perplexity a token", ("row", "suite", "task", "perplexity"), lines)
-    return Panel("Token perplexity", text, tables=(table,))
+    return Panel("Token perplexity", text, tables=tuple(tables)) if tables else None
 
 
 def _heated(column: Column) -> bool:

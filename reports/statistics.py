@@ -159,20 +159,37 @@ def paired_bootstrap(
 
 
 def _null_variance(parts: _Parts) -> float:
-    """Σ_tasks Σ_clusters (Σ w·(d − d̄))² / (H·Σ w)²: of the gain if both rows were equally good.
+    """Of the gain if both rows were equally good: the tasks' variances of Σ w·d / Σ w over H².
 
-    Right/wrong items would then differ as often but as often either way, so d̄ is 0: McNemar's
-    variance. Other scores would differ as much about 0 as they do about the task's own gain d̄, with
-    n − 1 of n clusters; a task of one cluster cannot tell, and keeps d̄ = 0, which is careful.
+    Items would then differ as much as they do, but about 0 in place of the task's gain d̄:
+
+        Σ_clusters (Σ w·(d − d̄))² · n / (n − 1) · (t / z)²  +  Σ w²·d̄² if right or wrong
+
+    over (Σ w)², with n clusters and t, z the 97.5 % points of Student's t of n − 1 degrees and of
+    the normal, by which it is read. Right/wrong items, which are as often different either way,
+    have McNemar's Σ w²·d², and that with the clusters' dependence in it. A task of one cluster
+    cannot tell what it varies by and keeps d̄ = 0, which is careful.
     """
-    right_or_wrong = bool(np.isin(parts.differences, (-1.0, 0.0, 1.0)).all())
     total = 0.0
-    for part in parts.strata:
+    for part, (d, w) in zip(parts.strata, parts.items, strict=True):
         moved, weight, n = part[:, 0], part[:, 1], len(part)
-        if not right_or_wrong and n > 1:
-            moved = (moved - moved.sum() / weight.sum() * weight) * np.sqrt(n / (n - 1))
-        total += float(np.sum((moved / (weight.sum() * len(parts.strata))) ** 2))
+        gain = moved.sum() / weight.sum()
+        right_or_wrong = np.isin(d, (-1.0, 0.0, 1.0)).all()
+        squares = np.sum(moved**2)
+        if n > 1 and not (right_or_wrong and n == len(d)):
+            apart = moved - gain * weight
+            apart[np.abs(apart) <= 1e-12 * np.abs(moved).max()] = 0  # rounding is no variance
+            squares = np.sum(apart**2) * n / (n - 1) * careful(n) ** 2
+            squares += gain**2 * np.sum(w**2) * right_or_wrong
+        total += float(squares) / (weight.sum() * len(parts.strata)) ** 2
     return total
+
+
+def careful(n: int) -> float:
+    """By how much a standard error from n > 1 units is to grow to be read as if it were known."""
+    from scipy.stats import norm, t
+
+    return float(t.ppf(0.975, n - 1) / norm.ppf(0.975))
 
 
 def score_interval(
@@ -220,6 +237,7 @@ def macro_interval(
 @dataclass(frozen=True)
 class _Parts:
     strata: list[Array]  # for each task (clusters, 2): Σ w·d and Σ w of each cluster
+    items: list[tuple[Array, Array]]  # for each task: d and w of each item
     differences: Array  # (n,)
     weights: Array  # (n,)
 
@@ -248,6 +266,7 @@ def _clusters(
     difference, task, weight, cluster = (a - b)[used], task[used], weight[used], cluster[used]
     code, names = factorize(task)
     strata: list[Array] = []
+    items: list[tuple[Array, Array]] = []
     for number in range(len(names)):
         inside = code == number
         group, _ = factorize(cluster[inside])
@@ -255,7 +274,8 @@ def _clusters(
             np.bincount(group, weights=w) for w in ((weight * difference)[inside], weight[inside])
         ]
         strata.append(np.stack(summed, axis=1))
-    return _Parts(strata, difference, weight)
+        items.append((difference[inside], weight[inside]))
+    return _Parts(strata, items, difference, weight)
 
 
 def sign_flip(parts: Array, generator: np.random.Generator, draws: int) -> float:

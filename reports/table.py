@@ -156,6 +156,9 @@ def _cell(row: str, suite: str, run: Run, frame: pd.DataFrame, where: str) -> Ce
             reason += " (its judge gave no verdict that could be read)"
         if _outcomes(frame, "no_judge"):
             reason = "not measured: no judge; name one as `evaluate.judge`, the answers are kept"
+            # That a machine could not judge is not known to have happened zero times.
+            health = tuple(one for one in cell.health if one[0] != "infra")
+            return replace(cell, reason=reason, health=health)
         return replace(cell, reason=reason)
     scores = [t.score for t in scored if t.score is not None]
     spans = [None if t.low is None or t.high is None else (t.low, t.high) for t in scored]
@@ -299,19 +302,29 @@ def _compare(
     both["difference"] = (both.value - both.value_base) * sign
     manifest = run.manifest
     paired = paired_gain(manifest, both, _generator(manifest["row"], manifest["suite"], "gain"))
+    differ = paired.better + paired.worse > 0
     return Gain(
         paired.gain,
         paired.low,
         paired.high,
         paired.p_value,
         1.0,
-        # null_variance is that of the mean itself, so n is one.
-        minimum_detectable_effect(paired.null_variance, 1),
+        # null_error is that of the mean itself, so n is one.
+        minimum_detectable_effect(null_error(paired, both) ** 2, 1) if differ else 0.0,
         paired.better,
         paired.worse,
         paired.n,
         margin,
     )
+
+
+def null_error(paired: Paired, both: pd.DataFrame) -> float:
+    """The standard error of a gain if both rows were equally good; where the items leave none, as
+    if one item of the first task differed by all that values span.
+    """
+    ends = both[["value", "value_base"]].to_numpy()
+    span = float(ends.max() - ends.min()) or 1.0
+    return paired.null_variance**0.5 or span / int((both.task == both.task.iloc[0]).sum())
 
 
 def paired_gain(

@@ -122,9 +122,12 @@ def health(report: Report) -> Panel | None:
     """How many items went otherwise than meant, by row and suite; a dash where nobody counted."""
     lines = []
     shown = kinds(report)
-    for cell in report.cells.values():
+    counted = [cell for cell in report.cells.values() if cell.health]
+    if not counted:
+        return None
+    for cell in counted:
         counts = dict(cell.health)
-        if not counts:
+        if not any(counts.values()):
             continue
         line = [words(cell.row), words(cell.suite), _items(cell)]
         for kind in shown:
@@ -137,7 +140,7 @@ def health(report: Report) -> Panel | None:
             line.append(Value(f"{found:,}", found, cell.signature, tone=tone, note=share))
         lines.append(tuple(line))
     if not lines:
-        return None
+        return Panel("Health", ("Every item of every row went as meant.",))
     text = (
         "An item may count in two columns. Only what could not be judged is left out of a score; "
         "the rest counts as it was answered.",

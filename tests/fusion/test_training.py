@@ -14,10 +14,12 @@ import torch
 from scipy import sparse
 from transformers import AutoConfig
 
-from fusion.corpus import read_blocks, write_blocks
+from fusion.corpus import drawn_order, read_blocks, write_blocks
 from fusion.errors import RunError
 from fusion.losses import IGNORED
 from fusion.models import load_model, load_tokenizer
+from fusion.spec import Fuse
+from fusion.targets import FusedTargets
 from fusion.training import Blocks, train
 from fusion.vocabulary import build
 from tests.fusion.jobs import ALIKE, FSDP_ON_CPUS, TRAIN, in_two_processes, job, rows, weights
@@ -144,6 +146,25 @@ def test_packing_says_whether_documents_see_each_other(prepared: dict[str, Any])
     assert (np.diff(together["position_ids"]) == 1).all()
     assert together["labels"][first - 1] == block[1].ids[0]
     assert together["labels"][-1] == IGNORED
+
+
+def test_a_seed_of_its_own_draws_an_order_in_which_blocks_keep_their_targets(
+    prepared: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    blocks = read_blocks(Path(prepared["corpus"]))
+    order = drawn_order(len(blocks), 5)
+    assert sorted(order) == list(range(len(blocks)))
+    assert order != sorted(order)
+    assert order != drawn_order(len(blocks), 6)
+    fuse = Fuse.model_validate(prepared["fuse"])
+    targets = FusedTargets(fuse, prepared["sources"], prepared["init"], "cpu")
+    packed, drawn = Blocks(blocks, targets), Blocks(blocks, targets, order=order)
+    for index, place in enumerate(order):
+        for key, value in packed[place].items():
+            np.testing.assert_array_equal(drawn[index][key], value)
+    train(job(prepared, tmp_path / "drawn") | {"drawn": True})
+    once, again = weights(unbroken), weights(tmp_path / "drawn")
+    assert any((once[name] != again[name]).any() for name in once)
 
 
 def changed(prepared: dict[str, Any], out: Path, **fuse: Any) -> list[dict[str, str]]:

@@ -221,6 +221,13 @@ def test_a_busy_machine_is_told_beside_times_that_were_calibrated_on_it(
     planned = plan(parse(TEXT, "r", ["machine.device=cpu"]), home)
     steps = pending(planned, planned.recipe.rows, ("build", "evaluate"))
     monkeypatch.setattr(rates, "measure", lambda *_: rates.Rates(1e9, 1e9, 1e9))
+    monkeypatch.setattr("psutil.cpu_percent", lambda _: 90.0)
+    absent = sums(forecast(planned, steps))
+    assert absent.startswith("in all: not known; 0.0 of ")
+    assert "other work" not in absent
+    build(planned, ["llama", "gemma"])
+    planned = plan(planned.recipe, home)
+    steps = pending(planned, planned.recipe.rows, ("build", "evaluate"))
     for busy, told in ((0.9, True), (0.2, False)):
         monkeypatch.setattr("psutil.cpu_percent", lambda _, busy=busy: 100 * busy)
         assert ("other work had 90% of this machine" in sums(forecast(planned, steps))) is told

@@ -11,6 +11,7 @@ import pytest
 from fusion.errors import RunError
 from harness.plan import Plan, plan
 from harness.recipe import parse
+from harness.report import _trained
 from harness.steps import root
 from harness.store import finish, identity
 
@@ -69,6 +70,8 @@ def test_what_is_measured_does_not_rename_models(home: Path) -> None:
         ("variants.clm.train.lora={}", {"clm", "merged"}),
         ("corpus.tokens=1280", {"clm", "fused", "merged"}),
         ("seed=18", {"clm", "fused", "merged"}),
+        ("variants.clm.train.seed=18", {"clm", "merged"}),
+        ("variants.clm.train.seed=17", set()),  # the recipe's own
         ("variants.pack.ensemble.rule=top1", {"pack"}),
         ("variants.pack.ensemble.level=sequence", {"pack"}),
         ("variants.pack.ensemble.weights=[0.5,0.5]", {"pack"}),
@@ -76,6 +79,16 @@ def test_what_is_measured_does_not_rename_models(home: Path) -> None:
 )
 def test_what_each_field_renames(home: Path, override: str, rows: set[str]) -> None:
     assert changed(home, override) == rows
+
+
+def test_seeds_of_one_training_belong_together_and_have_orders_of_their_own(home: Path) -> None:
+    seeds = "clm: {matrix: {train.seed: [17, 18, 19]}, train: {init: a}}"
+    text = TEXT.replace("clm: {train: {init: a}}", seeds).replace("[clm, fused]", "[fused]")
+    found = planned(home, "reference=a", text=text)
+    rows = [row for row in found.recipe.rows if row.startswith("clm")]
+    contents = [found.steps[found.identities[row]].content for row in rows]
+    assert [content.get("order") for content in contents] == [None, "drawn", "drawn"]
+    assert len({_trained(found, row) for row in rows}) == 1
 
 
 def test_adapters_name_a_row_and_no_adapters_name_nothing(home: Path) -> None:

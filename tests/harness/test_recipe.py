@@ -177,8 +177,18 @@ def test_overrides_go_through_the_same_door() -> None:
     ("old", "new", "expected"),
     [
         ("sources:\n", "sources:\n  1: {path: x}\n", "sources.1"),
-        ("sources:\n", "sources:\n  yes: {path: x}\n", "reads this name as True; put it in quotes"),
+        (
+            "sources:\n",
+            "sources:\n  yes: {path: x}\n",
+            "reads this name as True (bool); put it in quotes",
+        ),
         ("sources:\n", "sources:\n  c: {path: tiny:lama}\n", "(tiny:llama?)"),
+        (
+            "linear, parameters: {",
+            "'mergekit:linear', parameters: {1: 2, ",
+            "this key as 1 (int); put",
+        ),
+        ("{tiny_text: 3}", "{tiny_text: x}", "limit.tiny_text"),
         ("weights: [1, 2]", "1: 2", "'linear' has no such parameter"),
     ],
 )

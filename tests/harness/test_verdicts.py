@@ -143,20 +143,36 @@ def test_suites_without_a_score_are_named_and_the_others_compared(
     cells: dict[str, dict[str, dict[str, str]]] = {}
     values = {"suite": RIGHT, "unjudged": np.full(100, np.nan), "lost": RIGHT}
     for row in ("base", "new"):
-        cells[row] = {"gone": {"reason": f"not built: {row}"}}
+        cells[row] = {"gone": {"reason": f"not built: {row}"}, "half": {"reason": "no memory"}}
         for suite, value in values.items():
             folder = evaluation(tmp_path, row, {"a": value}, suite=suite)
             folder = folder.rename(folder.parent / f"{row}-{suite}")
             cells[row][suite] = {"run": str(folder.relative_to(tmp_path))}
-    index(tmp_path, cells)
+    listed = index(tmp_path, cells)
     assert kfuse(monkeypatch, "compare", "base", "new") == 0
     said = capsys.readouterr().out
     assert said.index("## lost") < said.index("## Not compared") < said.index("- gone: base: not b")
     assert "- unjudged: new cannot be compared with base: no item was scored" in said
-    assert kfuse(monkeypatch, "gate", "base", "new") == 3
+    junit = tmp_path / "gate.xml"
+    assert kfuse(monkeypatch, "gate", "base", "new", "--junit", junit) == 3
     said = capsys.readouterr().out
     assert said.count("loses at most 2.0 points") == 4  # two claims, in two tables
     assert "- unjudged: new cannot be compared" in said
+    names = [case.get("name") for case in ET.parse(junit).getroot()]
+    assert names[2:] == ["gone", "half", "unjudged"]
+    part = {"a": RIGHT, "b": np.full(100, np.nan)}  # a task that both lack, in a suite with scores
+    for row in ("base", "new"):
+        folder = evaluation(tmp_path, row, part, suite="half")
+        cells[row]["half"] = {"run": str(folder.relative_to(tmp_path))}
+    listed.write_text(json.dumps({"cells": cells}))
+    assert kfuse(monkeypatch, "gate", "base", "new") == 2
+    assert "half: new cannot be compared with base: no item of b" in capsys.readouterr().err
+    cells["new"]["half"] = {"reason": "no memory"}
+    listed.write_text(json.dumps({"cells": cells}))
+    assert kfuse(monkeypatch, "gate", "base", "new") == 2
+    assert "half: new: no memory; name the suites" in capsys.readouterr().err
+    cells["base"]["half"] = cells["new"]["half"]
+    listed.write_text(json.dumps({"cells": cells}))
     path = tmp_path / cells["new"]["lost"]["run"] / "scores.parquet"
     pd.read_parquet(path).assign(value=np.nan).to_parquet(path)
     assert kfuse(monkeypatch, "gate", "base", "new") == 2  # new may have failed: not a yes
@@ -191,7 +207,7 @@ def test_runs_without_a_recipe_make_a_report(
     pd.DataFrame(asked).to_parquet(tmp_path / "data" / "prompts-p1.parquet")
     assert kfuse(monkeypatch, "report", where, "--reference", "base", "--name", "mine") == 0
     said = capsys.readouterr().out
-    assert "candidate on suite by 40.0 points" in said
+    assert "better on suite: candidate by 40.0 points" in said
     (index,) = (tmp_path / "reports").glob("mine-*/index.json")
     assert "not measured" in (index.parent / "report.md").read_text()
     assert "Is 1 even?" in (index.parent / "report.html").read_text()

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from reports.cells import Cell, Column, Report
-from reports.costs import MEASURES, comma_separated, frame, markdown, scaled
+from reports.costs import MEASURES, by_row, comma_separated, frame, markdown, once, scaled
 
 TRAINED = {
     "seconds": 12.34,
@@ -76,6 +76,25 @@ def test_what_is_not_known_is_no_number(report: Report) -> None:
     assert "| mix | pack corpus (shared by 2) | – |" in text
     back = pd.read_csv(io.StringIO(comma_separated(report)))
     pd.testing.assert_frame_equal(back, costs, check_dtype=False)
+
+
+def test_a_shared_stage_counts_in_each_row_and_is_listed_once() -> None:
+    known = dict.fromkeys(MEASURES, float("nan"))
+    told = [
+        ("a", "pack", 2, 5.0),
+        ("a", "train", 1, 7.0),
+        ("b", "pack", 2, 5.0),
+        ("b", "map", 1, 5.0),
+    ]
+    costs = pd.DataFrame(
+        [
+            {"row": row, "stage": stage, "of": "x", "shared_by": n} | known | {"seconds": seconds}
+            for row, stage, n, seconds in told
+        ]
+    )
+    assert list(by_row(costs).made) == [12.0, 10.0]
+    assert by_row(costs).isna().sum().sum() == 2 * 5
+    assert list(once(costs).stage) == ["pack", "train", "map"]
 
 
 def test_without_ledgers_there_is_no_table(report: Report) -> None:

@@ -155,7 +155,7 @@ def test_every_panel_with_something_to_show_is_there_and_no_other(
     shown = drawn
     assert list(shown) == [
         "scores", "gains", "bbh", "languages", "tasks", "references", "health", "contamination",
-        "items", "training", "wins", "quality", "costs", "provenance",
+        "items", "training", "wins", "quality", "costs", "stages", "provenance",
     ]  # fmt: skip
     assert all(table.rows for panel in shown.values() for table in panel.tables)
     for panel in shown.values():
@@ -186,14 +186,22 @@ def test_sources_reference_lines_and_costs_are_those_of_the_report(
     lines = {(x.suite, x.row, x.name): x for x in report.lines}
     of_rows = drawn["references"].tables[1].rows
     assert of_rows
-    for row, suite, name, shown, *_ in of_rows:
-        line = lines[suite.text, row.text, name.text]
-        assert shown.text == ("–" if line.value is None else f"{100 * line.value:.1f}")
-        assert shown.order == line.value
-    stages = {(row[0].text, row[1].text): row for row in drawn["costs"].tables[0].rows}
+    names = [name.removesuffix(", %") for name in drawn["references"].tables[1].head[2:]]
+    assert names == ["gap recovered", "forgotten", "emergent"]
+    for row, suite, *values in of_rows:
+        for name, shown in zip(names, values, strict=True):
+            line = lines.get((suite.text, row.text, name))
+            value = line.value if line else None
+            assert shown.text == ("–" if value is None else f"{100 * value:.1f}")
+            assert shown.order == value
+    stages = {(row[0].text, row[1].text): row for row in drawn["stages"].tables[0].rows}
     train = stages["one", "train"]
     assert [value.text for value in train[2:]] == ["9 s", "–", "–", "–", "–", "–", "–"]
     assert stages["one", "evaluate commonsense"][6].text == "1 k"
+    sums = {
+        row[0].text: [value.text for value in row[1:3]] for row in drawn["costs"].tables[0].rows
+    }
+    assert sums["one"] == ["9 s", "–"]
 
 
 def test_seeds_of_a_variant_are_one_line(tmp_path: Path) -> None:

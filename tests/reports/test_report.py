@@ -156,7 +156,7 @@ def test_scores_gains_and_their_direction(index: Path) -> None:
     assert text(report, "lost", "acc").startswith("-35.0 [")
     assert text(report, "lost", "bits").startswith("+0.0560 [")
     assert text(report, "base", "acc") == "reference"
-    assert "worse: lost on acc by 35.0 points" in headline(report)
+    assert "worse on acc: lost by 35.0 points" in headline(report)
 
 
 def test_not_measured_is_never_a_number(index: Path) -> None:
@@ -300,8 +300,8 @@ def test_hostile_names_never_become_markup(tmp_path: Path) -> None:
     assert not page.addresses
     tables = [x for x in files["markdown"].read_text().split("\n\n") if x.startswith("| ")]
     bars = [{len(re.findall(r"(?<!\\)\|", line)) for line in x.splitlines()} for x in tables]
-    # The scores, what did not go as meant, the cost: no line has more bars than its table.
-    assert bars == [{4}, {8}, {11}]
+    # The scores, what did not go as meant, costs and stages: no line has more bars than its table.
+    assert bars == [{4}, {8}, {8}, {11}]
     rows = pd.read_csv(files["csv"])
     assert HOSTILE in set(rows.row)
 

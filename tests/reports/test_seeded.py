@@ -103,4 +103,4 @@ def test_a_gain_within_the_margin_is_equivalent(tmp_path: Path, margin: float, w
     gain = read(path).cell("other", "acc").gain
     assert gain is not None
     assert gain.verdict == word
-    assert ("equivalent: other on acc" in headline(read(path))) == (word == "equivalent")
+    assert ("equivalent on acc: other" in headline(read(path))) == (word == "equivalent")

@@ -12,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from reports.statistics import (
+    careful,
     holm,
     macro,
     macro_interval,
@@ -61,11 +62,34 @@ def test_exact_mcnemar_is_statsmodels(b: int, c: int) -> None:
 def test_what_items_can_show_does_not_grow_with_the_gain_that_was_found(gain: float) -> None:
     difference = gain + generator().normal(0, 0.1, 80)
     found = paired_bootstrap(difference, np.zeros(80), generator())
-    assert np.sqrt(found.null_variance) == pytest.approx(ttest_1samp(difference, 0)._standard_error)
+    known = ttest_1samp(difference, 0)._standard_error * careful(80)
+    assert np.sqrt(found.null_variance) == pytest.approx(known)
     tasks = np.repeat([0, 1], [30, 50])
-    each = [ttest_1samp(difference[tasks == t], 0)._standard_error for t in (0, 1)]
+    each = [ttest_1samp(d, 0)._standard_error * careful(len(d)) for d in np.split(difference, [30])]
     two = paired_bootstrap(difference, np.zeros(80), generator(), tasks=tasks)
     assert np.sqrt(two.null_variance) == pytest.approx(np.hypot(*each) / 2)
+    # Right/wrong tasks beside others keep their own variance.
+    mixed = paired_bootstrap(
+        np.r_[difference[:30], np.ones(10), np.zeros(40)], np.zeros(80), generator(), tasks=tasks
+    )
+    assert np.sqrt(mixed.null_variance) == pytest.approx(np.hypot(each[0], (0.2 / 50) ** 0.5) / 2)
+
+
+def test_two_or_three_items_show_nothing_small() -> None:
+    found = paired_bootstrap([-0.049, -0.051], [0.0, 0.0], generator())
+    low, high = ttest_1samp([-0.049, -0.051], 0).confidence_interval(0.95)
+    assert 1.959964 * np.sqrt(found.null_variance) == pytest.approx((high - low) / 2)
+    same = paired_bootstrap(np.full(80, 0.3), np.full(80, 0.1), generator())
+    assert same.null_variance == 0  # not what rounding leaves
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.3])
+def test_passages_of_questions_do_not_add_the_gain_to_their_variance(gain: float) -> None:
+    draws = np.random.default_rng(5)
+    worse, better = 0.15 - gain / 2, 0.15 + gain / 2
+    signs = draws.choice([-1.0, 0.0, 1.0], 2000, p=[worse, 0.7, better])
+    found = paired_bootstrap(signs, np.zeros(2000), draws, clusters=np.repeat(np.arange(100), 20))
+    assert np.sqrt(found.null_variance) == pytest.approx(np.sqrt(0.3 / 2000), rel=0.15)
 
 
 def test_a_gain_of_that_size_shows_in_four_runs_of_five() -> None:
