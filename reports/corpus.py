@@ -156,7 +156,7 @@ def paired_corpus(
         high=high,
         p_value=p_value,
         null_variance=float(
-            np.var(spread) * careful(len(counts_nK)) ** 2
+            np.var(spread) * careful(len(counts_nK) - 1) ** 2
             if len(counts_nK) > 1
             else np.mean(swapped**2)
         ),

@@ -159,37 +159,41 @@ def paired_bootstrap(
 
 
 def _null_variance(parts: _Parts) -> float:
-    """Of the gain if both rows were equally good: the tasks' variances of Σ w·d / Σ w over H².
+    """Of the gain if both rows were equally good: Σ_tasks v / H², to be read by the normal.
 
     Items would then differ as much as they do, but about 0 in place of the task's gain d̄:
 
-        Σ_clusters (Σ w·(d − d̄))² · n / (n − 1) · (t / z)²  +  Σ w²·d̄² if right or wrong
+        v = ( Σ_clusters (Σ w·(d − d̄))² · n / (n − 1)  +  Σ w²·d̄² if right or wrong ) / (Σ w)²
 
-    over (Σ w)², with n clusters and t, z the 97.5 % points of Student's t of n − 1 degrees and of
-    the normal, by which it is read. Right/wrong items, which are as often different either way,
-    have McNemar's Σ w²·d², and that with the clusters' dependence in it. A task of one cluster
-    cannot tell what it varies by and keeps d̄ = 0, which is careful.
+    with n clusters. Right/wrong items, which are as often different either way, have McNemar's
+    Σ w²·d², and that with the clusters' dependence in it. A task of one cluster cannot tell what it
+    varies by and keeps d̄ = 0, which is careful. Where v is itself estimated from few clusters it
+    counts `careful` times, with Satterthwaite's degrees of freedom over the tasks.
     """
-    total = 0.0
+    total = uncertain = 0.0
     for part, (d, w) in zip(parts.strata, parts.items, strict=True):
         moved, weight, n = part[:, 0], part[:, 1], len(part)
         gain = moved.sum() / weight.sum()
         right_or_wrong = np.isin(d, (-1.0, 0.0, 1.0)).all()
-        squares = np.sum(moved**2)
-        if n > 1 and not (right_or_wrong and n == len(d)):
-            apart = moved - gain * weight
-            apart[np.abs(apart) <= 1e-12 * np.abs(moved).max()] = 0  # rounding is no variance
-            squares = np.sum(apart**2) * n / (n - 1) * careful(n) ** 2
-            squares += gain**2 * np.sum(w**2) * right_or_wrong
-        total += float(squares) / (weight.sum() * len(parts.strata)) ** 2
-    return total
+        share = (weight.sum() * len(parts.strata)) ** 2
+        if n == 1 or (right_or_wrong and n == len(d)):
+            total += float(np.sum(moved**2)) / share
+            continue
+        apart = moved - gain * weight
+        apart[np.abs(apart) <= 1e-12 * np.abs(moved).max()] = 0  # rounding is no variance
+        variance = float(np.sum(apart**2)) * n / (n - 1) / share
+        total += variance + float(gain**2 * np.sum(w**2) * right_or_wrong) / share
+        uncertain += variance**2 / (n - 1)
+    return total * careful(total**2 / uncertain) ** 2 if uncertain else total
 
 
-def careful(n: int) -> float:
-    """By how much a standard error from n > 1 units is to grow to be read as if it were known."""
+def careful(degrees: float) -> float:
+    """By how much a standard error that was estimated with so many degrees of freedom is to grow to
+    be read by the normal: the ratio of the 97.5 % points of Student's t and of the normal.
+    """
     from scipy.stats import norm, t
 
-    return float(t.ppf(0.975, n - 1) / norm.ppf(0.975))
+    return float(t.ppf(0.975, degrees) / norm.ppf(0.975))
 
 
 def score_interval(
