@@ -101,8 +101,8 @@ def read_documents(path: Path, heldout: bool = False) -> list[tuple[str, Content
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     files = [f for f in files if f.name.removesuffix(".gz").endswith((".jsonl", ".json", ".txt"))]
+    key = "heldout" if heldout else "path"
     if not files:
-        key = "heldout" if heldout else "path"
         what = "is no" if path.is_file() else "holds no"
         raise RunError(f"corpus.{key}: {path} {what} .jsonl, .json or .txt file (each may be .gz)")
     out: list[tuple[str, Content]] = []
@@ -111,7 +111,7 @@ def read_documents(path: Path, heldout: bool = False) -> list[tuple[str, Content
         name = inside[0] if len(inside) > 1 else file.name.split(".")[0]
         out += list(_read_file(file, name))
     if not any(plain(content) for _, content in out):
-        raise RunError(f"corpus.{'heldout' if heldout else 'path'}: {path} holds no text")
+        raise RunError(f"corpus.{key}: {path} holds no text")
     return out
 
 

@@ -214,7 +214,7 @@ def budget(plan: Plan, step: Step) -> tuple[int, int]:
     The budget is what the other row takes: its training, and one reading of its blocks by each of
     its sources, whoever else may have paid for those. The steps go on over the row's own blocks in
     their order, the learning rate's schedule stretched over all of them, so that text and order are
-    those of every other row and only the compute differs. The last step may overshoot.
+    those of every other row of its seed and only the compute differs. The last step may overshoot.
 
     Relative to the paper (FuseLLM 2401.10491, Tables 1 to 3): its CLM row has the fused row's
     tokens, so less compute by what the sources took.

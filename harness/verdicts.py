@@ -65,7 +65,8 @@ def compare(
 ) -> str:
     """Two rows as Markdown; all items that differ go to `csv`. RunError says what does not fit."""
     from reports import compare_formats
-    from reports.compare import compare_all, open_pairs, scored
+    from reports.compare import compare_all, scored
+    from reports.pairs import open_pairs
 
     _bring_rows([base, candidate], report)
     with _readable():
@@ -93,8 +94,9 @@ def gate(
     failed measurement must not look like a failed candidate.
     """
     from reports import gate_formats
-    from reports.compare import NotComparable, open_pairs, scored
+    from reports.compare import NotComparable, scored
     from reports.gate import EXIT, default, judge
+    from reports.pairs import open_pairs
 
     try:
         _bring_rows([base, candidate], report)

@@ -52,9 +52,9 @@ HEAD = (
 
 def left_out(reasons: Sequence[str]) -> list[str]:
     """Lines that say which suites are not compared."""
-    return ["", "## Not compared", "", *(f"- {shown(reason, 400)}" for reason in reasons)] * bool(
-        reasons
-    )
+    if not reasons:
+        return []
+    return ["", "## Not compared", "", *(f"- {shown(reason, 400)}" for reason in reasons)]
 
 
 def markdown(comparisons: Sequence[Comparison], items: int = 20, gaps: Sequence[str] = ()) -> str:

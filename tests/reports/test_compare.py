@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports.compare import Comparison, NotComparable, compare, compare_all, open_pairs
+from reports.compare import Comparison, NotComparable, compare, compare_all
 from reports.compare_formats import comma_separated, markdown
+from reports.pairs import open_pairs
 from reports.records import Run
 
 HOSTILE = "<script>|x`\x1b[31m\nnew"

@@ -19,11 +19,12 @@ from sacrebleu.significance import PairedTest
 
 from reports import corpus
 from reports.calibration import calibrate
-from reports.compare import NotComparable, compare, open_pairs
+from reports.compare import NotComparable, compare
 from reports.costs import frame
 from reports.formats import comma_separated, markdown
 from reports.gate import default, judge
 from reports.leaderboard import boards, find_runs
+from reports.pairs import open_pairs
 from reports.records import Run, apart, read_primary
 from reports.table import read
 from reports.trust_panels import published
