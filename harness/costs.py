@@ -190,7 +190,7 @@ def collecting(statistics: str, size: Size, lengths: Sequence[int]) -> int:
 def _trained(plan: Plan, step: Step, train: Train) -> dict[str, Any]:
     from fusion.flops import forward, of_steps, training
 
-    blocks = _in_order(plan, step)
+    blocks = in_order(plan, step)
     lengths = [sum(len(piece.ids) for piece in block) for block in blocks]
     own = _size(plan, train.init)
     trained = adapters(plan, train)
@@ -236,7 +236,7 @@ def budget(plan: Plan, step: Step) -> tuple[int, int]:
     own, trained = _size(plan, section.init), adapters(plan, section)
     each = [
         training(own, [sum(len(piece.ids) for piece in block)], trained)
-        for block in _in_order(plan, step)
+        for block in in_order(plan, step)
     ]
     return steps_within(each, section.batch_blocks, total), total
 
@@ -273,7 +273,7 @@ def _blocks(plan: Plan, corpus: str) -> list[list[Any]]:
     return read_blocks(plan.steps[corpus].folder / "blocks.parquet")
 
 
-def _in_order(plan: Plan, step: Step) -> list[list[Any]]:
+def in_order(plan: Plan, step: Step) -> list[list[Any]]:
     """The blocks that a training goes through, in its order."""
     from fusion.corpus import drawn_order
 

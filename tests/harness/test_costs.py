@@ -15,13 +15,13 @@ import pandas as pd
 import pytest
 import torch
 
-from fusion.corpus import read_blocks, text_bytes
+from fusion.corpus import drawn_order, read_blocks, text_bytes
 from fusion.distributions import open_store
 from fusion.flops import forward, size, training
 from fusion.measures import bits_per_byte
 from fusion.models import load_model
 from harness.build import build
-from harness.costs import Meter, counting, flops, gpus, source_lengths, spent_on
+from harness.costs import Meter, counting, flops, gpus, in_order, source_lengths, spent_on
 from harness.machine import held_gpus
 from harness.measuring import measure_rows
 from harness.plan import Plan, plan
@@ -119,6 +119,18 @@ def test_an_equal_budget_is_reached_within_a_step(built: Plan) -> None:
     rates = [float(row["learning_rate"]) for row in rows]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.1 * rates[0]
+
+
+def test_what_a_budget_is_filled_with_comes_in_the_seeds_order(built: Plan) -> None:
+    other = plan(parse(RECIPE, "r", ["variants.equal.train.seed=5"]), built.home)
+    packed, drawn = (
+        [[piece.text for piece in block] for block in in_order(one, one.steps[key])]
+        for one in (built, other)
+        for key in [one.identities["equal"]]
+    )
+    order = drawn_order(len(packed), 5)
+    assert order != sorted(order)
+    assert drawn == [packed[place] for place in order]
 
 
 def test_the_blocks_that_each_source_won(built: Plan) -> None:
